@@ -97,13 +97,18 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any,
     except SystemExit as ended:
         if not ended.code:
             raise
-    known = [] if options.get("return_unknown_args") else flags_of(kind)
+    known = [] if options.get("return_unknown_args") else ["--help", *flags_of(kind)]
     raise UserError(explained(messages.getvalue(), known, command, arguments))
 
 
 def parse_options(kind: Callable[..., T], arguments: Sequence[str], command: str) -> T:
     """The options of a command that has no others, with their help texts; checked, as `kind` does when it is made."""
     return kind(**vars(parse(with_help(kind), arguments, command)))
+
+
+def take_options(kind: Callable[..., T], arguments: Sequence[str], command: str) -> tuple[T, list[str]]:
+    """The options `kind` of a command that has others beside them, and the other arguments."""
+    return cast(tuple[T, list[str]], parse(cast(type, kind), arguments, command, return_unknown_args=True))
 
 
 def check_names(model: str | None, *sources: str | None) -> None:

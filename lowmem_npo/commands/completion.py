@@ -11,7 +11,7 @@ import tyro
 
 from lowmem_npo.cli import COMMANDS
 from lowmem_npo.commands.arguments import parse
-from lowmem_npo.commands.help_texts import field_docstrings, run_options, with_help
+from lowmem_npo.commands.help_texts import run_options, with_help
 from lowmem_npo.libraries import quiet_libraries
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -47,42 +47,42 @@ def command_lines() -> dict[str, Callable[..., Any]]:
     from lowmem_npo.commands.ask import AskOptions
     from lowmem_npo.commands.data import DataCommand
     from lowmem_npo.commands.demo import Demo
+    from lowmem_npo.commands.env import Env
+    from lowmem_npo.commands.estimate import EstimateOptions
     from lowmem_npo.commands.merge.options import MergeConfig
     from lowmem_npo.commands.report import Report
+    from lowmem_npo.commands.schema import SchemaOptions
     from lowmem_npo.commands.sweep.evaluation import SweepEvaluationOptions
-    from lowmem_npo.commands.sweep.options import TeachingOptions
+    from lowmem_npo.commands.sweep.options import GridOptions, TeachingOptions
     from lowmem_npo.evaluation.settings import EvaluationConfig
     from lowmem_npo.training.honoured import HONOURED
 
     theirs = {name: "Of transformers.TrainingArguments." for name in sorted(HONOURED | {"warmup_ratio"})}
     training = {"config": "YAML file with options, as run.yaml.", **theirs}
-    swept = {"grid": "Options and values.", "seeds": "How many, or which."}
-    swept |= field_docstrings(TeachingOptions) | field_docstrings(SweepEvaluationOptions)
-    known = {
+    budget = {"budget": "GPU memory, such as 24GiB.", **training}
+    lines = {
         "data": with_help(DataCommand),
-        "train": _and_more(run_options(), training),
-        "sweep": _and_more(run_options(), {**swept, **training}),
+        "train": _and_more(training),
+        "sweep": _and_more(training, GridOptions, TeachingOptions, SweepEvaluationOptions),
         "demo": with_help(Demo),
         "evaluate": with_help(EvaluationConfig),
         "ask": with_help(AskOptions),
         "merge": with_help(MergeConfig),
         "report": with_help(Report),
-        "estimate": _and_more(
-            run_options(), {"budget": "GPU memory, such as 24GiB.", "json": "For programs.", **training}
-        ),
+        "estimate": _and_more(budget, EstimateOptions),
+        "schema": with_help(SchemaOptions),
         "completion": with_help(Completion),
+        "env": with_help(Env),
     }
-    without = {name: dataclasses.make_dataclass(name, []) for name in COMMANDS if name not in known}
-    lines = {name: (known | without)[name] for name in COMMANDS}
     for name, line in lines.items():
         line.__doc__ = COMMANDS[name]
     return lines
 
 
-def _and_more(options: type, added: dict[str, str]) -> type:
-    """`options` with further ones that take a word, by name and help text."""
+def _and_more(added: dict[str, str], *kinds: type) -> type:
+    """The options of a run with those of `kinds`, and further ones that take a word, by name and help text."""
     fields = [
         (name, Annotated[str | None, tyro.conf.arg(help=text)], dataclasses.field(default=None))
         for name, text in added.items()
     ]
-    return dataclasses.make_dataclass(options.__name__, fields, bases=(options,))
+    return dataclasses.make_dataclass("Run", fields, bases=(*map(with_help, kinds), run_options()))

@@ -6,19 +6,21 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from lowmem_npo.commands.arguments import parse_options
 from lowmem_npo.environment import PACKAGES, package_version
-from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import hub_problem
 from lowmem_npo.sizes import amount
 
 
+@dataclass
+class Env:
+    """Print versions, GPU and memory."""
+
+
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print("usage: lowmem-npo env\n\nPrints versions, GPU and memory; takes no options.")
-        return
-    if arguments:
-        raise UserError(f"There is no option {arguments[0]}: env takes none.")
+    parse_options(Env, arguments, "env")
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
     rows += [(name, package_version(name) or "not installed") for name in PACKAGES]
     rows += [*_gpus(), *_memory()]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowmem_npo.commands.arguments import check_names, parse_run
+from lowmem_npo.commands.arguments import check_names, parse_run, take_options
+from lowmem_npo.commands.help_texts import flags_of
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say
 from lowmem_npo.errors import UserError
@@ -31,14 +33,23 @@ to be decided: rtx-3090, rtx-4090, rtx-5090, a100-40gb, a100-80gb, h100-sxm, h10
 `lowmem-npo train --help-all` explains the options."""
 
 
+@dataclass
+class EstimateOptions:
+    """What an estimate has beside the options of a run."""
+
+    gpu: str | None = None
+    """The GPU whose time is predicted, such as rtx-4090."""
+    json: bool = False
+    """For programs."""
+
+
 def main(arguments: Sequence[str]) -> None:
     if not arguments or any(a in ("-h", "--help") for a in arguments):
         print(USAGE)
         return
-    as_json = "--json" in arguments
-    gpu, others = _take_gpu([a for a in arguments if a != "--json"])
-    config = parse_run(others, "estimate", more_flags=("--gpu", "--json"))
-    device = None if gpu is None else named(gpu)
+    own, others = take_options(EstimateOptions, arguments, "estimate")
+    config = parse_run(others, "estimate", more_flags=flags_of(EstimateOptions))
+    device = None if own.gpu is None else named(own.gpu)
     check_names(config.model.model, config.data.forget, config.data.retain, config.data.holdout)
     with quick_imports():  # late: mistakes in the options are reported at once
         quiet_libraries()
@@ -54,19 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     config, work = workload(config, notes.append)
     estimated = report(config, work, device)
     estimated.notes[:0] = notes
-    print(json.dumps(estimated.as_json(), indent=1) if as_json else estimated.text())
-
-
-def _take_gpu(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --gpu, and the other arguments."""
-    for at, argument in enumerate(arguments):
-        if argument.startswith("--gpu="):
-            return argument.partition("=")[2], arguments[:at] + arguments[at + 1 :]
-        if argument == "--gpu":
-            if at + 1 >= len(arguments) or arguments[at + 1].startswith("--"):
-                raise UserError("--gpu needs the name of a GPU, such as rtx-4090.")
-            return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
-    return None, arguments
+    print(json.dumps(estimated.as_json(), indent=1) if own.json else estimated.text())
 
 
 def workload(config: RunConfig, say: Say) -> tuple[RunConfig, Workload]:

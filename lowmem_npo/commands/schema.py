@@ -14,32 +14,29 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from lowmem_npo.commands.arguments import parse_options
 from lowmem_npo.commands.help_texts import field_docstrings
 from lowmem_npo.commands.spellings import ALIASES, AUTOMATIC, SOURCES
 from lowmem_npo.config import FORGET_TERMS, SECTIONS
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
 
-USAGE = """usage: lowmem-npo schema
-
-Prints the JSON Schema of a configuration file, as `lowmem-npo train --config` reads it, and every run writes its
-run.yaml.
-
-  lowmem-npo schema > run.schema.json
-
-With this first line in the YAML file, editors that have a YAML language server complete and check the rest:
-
-  # yaml-language-server: $schema=run.schema.json"""
 SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string"}
 Schema = dict[str, Any]
 
 
+@dataclasses.dataclass
+class SchemaOptions:
+    """Print the JSON Schema of a configuration file, as `lowmem-npo train --config` reads it, and every run writes its
+    run.yaml.
+
+    Of `lowmem-npo schema > run.schema.json`, editors that have a YAML language server complete and check a file whose
+    first line is `# yaml-language-server: $schema=run.schema.json`.
+    """
+
+
 def main(arguments: Sequence[str]) -> None:
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
-    if arguments:
-        raise UserError(f"There is no option {arguments[0]}: schema takes none.")
+    parse_options(SchemaOptions, arguments, "schema")
     quiet_libraries()
     print(json.dumps(run_schema(), indent=2, ensure_ascii=False))
 

@@ -59,7 +59,10 @@ def test_commands(completions):
         ("train", "--warmup-", {"--warmup-steps", "--warmup-ratio"}),
         ("sweep", "--see", {"--seed", "--seeds"}),
         ("sweep", "--teach-", {"--teach-epochs", "--teach-lr", "--teach-batch-size"}),
+        ("sweep", "--gri", {"--grid"}),
         ("estimate", "--bud", {"--budget"}),
+        ("estimate", "--gpu", {"--gpu"}),
+        ("estimate", "--js", {"--json"}),
         ("evaluate", "--hold", {"--holdout"}),
         ("merge", "--quant", {"--quantize-check"}),
         ("ask", "--max-new", {"--max-new-tokens"}),
@@ -75,6 +78,7 @@ def test_options(completions, command, typed, offered):
 def test_choices_and_files(completions):
     assert completions("lowmem-npo", "train", "--dtype", "") == ["bf16", "float32"]
     assert completions("lowmem-npo", "merge", "--base-weights", "w") == ["whole"]
+    assert completions("lowmem-npo", "sweep", "--teach", "f") == ["full"]
     assert completions("lowmem-npo", "train", "--qlora", "--forget", "forget_") == ["forget_me.jsonl"]
 
 

@@ -178,7 +178,7 @@ def test_the_command_predicts_time_for_a_gpu_that_is_named(capsys):
     [
         (["--gpu", "t4"], "t4 has no bf16 arithmetic (it needs compute capability 8.0): use --dtype float32"),
         (["--gpu", "voodoo2"], "--gpu voodoo2: nothing is known of this GPU"),
-        (["--gpu"], "--gpu needs the name of a GPU"),
+        (["--gpu"], "--gpu needs a value"),
     ],
 )
 def test_gpus_without_a_prediction_are_refused_in_a_sentence(arguments, message, capsys):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Sequence
+from itertools import chain
 
-from lowmem_npo.commands.arguments import check_inputs, check_names, parse_run
+from lowmem_npo.commands.arguments import check_inputs, check_names, parse_run, take_options
 from lowmem_npo.commands.help_texts import flags_of
 from lowmem_npo.commands.small_tables import check_small_tables
 from lowmem_npo.commands.spellings import ALIASES
 from lowmem_npo.commands.sweep.grid import first_config, parse_grid, parse_seeds, plan_sweep
-from lowmem_npo.commands.sweep.options import EvaluationSources, TeachingOptions, take_options
+from lowmem_npo.commands.sweep.options import EvaluationSources, GridOptions, TeachingOptions
 from lowmem_npo.config import RunConfig
 from lowmem_npo.errors import UserError
 from lowmem_npo.libraries import quiet_libraries
@@ -56,20 +57,15 @@ code is then 1.
 
 `lowmem-npo train --help-all` explains the options."""
 
-OWN_FLAGS = ("--grid", "--seeds", *flags_of(TeachingOptions), *flags_of(EvaluationSources))
+OWN_FLAGS = [flag for kind in (GridOptions, TeachingOptions, EvaluationSources) for flag in flags_of(kind)]
 
 
 def main(arguments: Sequence[str]) -> None:
     if not arguments or any(a in ("-h", "--help") for a in arguments):
         print(USAGE)
         return
-    own = ("--grid=", "--seeds=")
-    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith(own) else [a])]
-    if words.count("--seeds") > 1:  # how many, or which: together neither
-        raise UserError("--seeds is given twice: name how many (5) or which (42,43,44) once.")
-    rest, grid = _take(words, "--grid")
-    rest, seeds = _take(rest, "--seeds")
-    teaching, rest = take_options(TeachingOptions, rest)
+    swept, rest = take_options(GridOptions, arguments, "sweep")
+    teaching, rest = take_options(TeachingOptions, rest, "sweep")
     evaluation = None
     if any(a.split("=")[0] == "--evaluate" for a in rest):
         quiet_libraries()
@@ -83,12 +79,12 @@ def main(arguments: Sequence[str]) -> None:
     def parse(flags: Sequence[str]) -> RunConfig:
         return parse_run([*options, *flags], "sweep", more_flags=OWN_FLAGS)
 
-    points = parse_grid(grid, ALIASES)
+    points = parse_grid([*chain(*swept.grid)], ALIASES)
     config = first_config(points, parse)
     data = (config.data.forget, config.data.retain, config.data.holdout)
     check_names(config.model.model, *data)
     check_small_tables(config.data)
-    runs = plan_sweep(points, parse_seeds(seeds or ["5"], config.training.seed), parse, print)
+    runs = plan_sweep(points, parse_seeds([*chain(*swept.seeds)] or ["5"], config.training.seed), parse, print)
     check_inputs(config.model.model, *data, revision=config.model.revision)
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:
@@ -115,15 +111,3 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{len(result.failed)} of {len(runs)} runs failed; --resume retries those that did not finish:")
         print("\n".join(f"  {run['directory']}: {run['error']}" for run in result.failed))
         raise SystemExit(1)
-
-
-def _take(arguments: list[str], option: str) -> tuple[list[str], list[str]]:
-    """`arguments` without `option` and its values, and those values: of every time that it is given."""
-    values = list[str]()
-    while option in arguments:
-        at = arguments.index(option)
-        end = next((i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
-        if end == at + 1:
-            raise UserError(f"{option} needs a value: see lowmem-npo sweep --help.")
-        arguments, values = arguments[:at] + arguments[end:], values + arguments[at + 1 : end]
-    return arguments, values

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem_npo.commands.arguments import take_options
 from lowmem_npo.commands.evaluate.plan import EvaluationPlan, plan_evaluation
 from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.commands.sweep.figures import GOLD, Column
-from lowmem_npo.commands.sweep.options import EvaluationSources, take_options
+from lowmem_npo.commands.sweep.options import EvaluationSources
 from lowmem_npo.config import RunConfig
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data.self_written import self_rows
@@ -66,7 +67,7 @@ class SweepEvaluation:
         Raises:
             UserError: a benchmark or leak test that there is not.
         """
-        parsed, rest = take_options(SweepEvaluationOptions, join_sources(arguments))
+        parsed, rest = take_options(SweepEvaluationOptions, join_sources(arguments), "sweep")
         names = [name.replace("-", "_") for name in parsed.evaluate]
         known = [*NAMES, ALL_LEAKS, *LEAK_NAMES]
         if not names or (unknown := [name for name in names if name not in known]):

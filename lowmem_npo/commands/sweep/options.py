@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from lowmem_npo.commands.arguments import parse
+import tyro
+
 from lowmem_npo.errors import UserError
 from lowmem_npo.ranges import Count, Positive, check_fields
+
+Words = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # of each time that an option is given
+
+
+@dataclass
+class GridOptions:
+    """Which runs there are."""
+
+    grid: Words = ()
+    """Options and values."""
+    seeds: Words = ()
+    """How many, or which."""
+
+    def __post_init__(self) -> None:
+        if without := next((f.name for f in dataclasses.fields(self) if () in getattr(self, f.name)), None):
+            raise UserError(f"--{without} needs a value: see lowmem-npo sweep --help.")
+        if len(self.seeds) > 1:  # how many, or which: together neither
+            raise UserError("--seeds is given twice: name how many (5) or which (42,43,44) once.")
 
 
 @dataclass
@@ -53,12 +71,3 @@ class EvaluationSources:
     def __post_init__(self) -> None:
         check_fields(self, EvaluationSources)
         self.evaluate = tuple(name for given in self.evaluate for name in given.split(",") if name)
-
-
-def take_options(section: Any, arguments: Sequence[str]) -> tuple[Any, list[str]]:
-    """`section` with the values that `arguments` give its fields, and the other arguments.
-
-    Raises:
-        UserError: a value that does not fit.
-    """
-    return parse(section, arguments, "sweep", return_unknown_args=True)
