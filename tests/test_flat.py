@@ -65,7 +65,7 @@ def test_rows(tmp_path, full, capsys):
     model, tokenizer, watch = tiny_model("olmo").eval(), word_tokenizer(), Watch(12)
     times, rows = 12, random_rows(250 if full else 16, seed=1)
     for _ in range(times):
-        evaluate_answers(model, tokenizer, rows, limit=None, progress=False)
+        evaluate_answers(model, tokenizer, rows, progress=False)
         watch.look()
     with capsys.disabled():
         print(f"{len(rows) * times} rows evaluated: {grown(watch):+.2f} MiB, handles {set(watch.handles)}")

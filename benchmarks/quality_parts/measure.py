@@ -60,9 +60,7 @@ def measure_answers(subject: Subject, name: str, method: Method | None, seed: in
     size = subject.eval_batch_size
     figures: Figures = {}
     for part in ("forget", "retain"):
-        said = evaluate_answers(
-            model, tokenizer, getattr(data, part), limit=None, batch_size=size, progress=False
-        ).summary
+        said = evaluate_answers(model, tokenizer, getattr(data, part), batch_size=size, progress=False).summary
         figures[part] = {"nll": said.nll, "exact_match": said.exact_match, "rouge_l_recall": said.rouge_l_recall}
     rows = {"forget": data.forget, "holdout": data.holdout}
     scores = {part: token_scores(model, of, batch_size=size, progress=False) for part, of in rows.items() if of}

@@ -177,9 +177,7 @@ class Models:
         size, nlls = self.setting.eval_batch_size, {}
         for part in ("forget", "retain"):
             rows = getattr(self.data, part)
-            answers = evaluate_answers(
-                model, self.tokenizer, rows, limit=None, batch_size=size, max_new_tokens=64, progress=False
-            )
+            answers = evaluate_answers(model, self.tokenizer, rows, batch_size=size, max_new_tokens=64, progress=False)
             nlls[part] = [answer.nll for answer in answers.records]
             figures |= {f"{part}_nll": answers.summary.nll, f"{part}_exact_match": answers.summary.exact_match}
         holdout = answer_likelihoods(model, self.data.holdout, batch_size=size, progress=False)

@@ -298,7 +298,7 @@ def _answers(
     for one in sets:
         assert one.tokenized is not None
         yield f"What the model says: {one.title}"
-        for record in evaluate_answers(model, tokenizer, one.tokenized[:number], limit=None, progress=False).records:
+        for record in evaluate_answers(model, tokenizer, one.tokenized[:number], progress=False).records:
             example = one.tokenized.examples[record.row]
             yield f"  {example.where}"
             for name, text in (

@@ -234,15 +234,13 @@ def evaluate_answers(
     rows: Sequence[TokenizedRow],
     *,
     name: str = "answers",
-    limit: int | None = OutputConfig.eval_rows,
-    seed: int = 0,
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
     passages: int = 0,
     generate: bool = True,
 ) -> AnswerEvaluation:
-    """Score the answers of `rows`, or of `limit` rows drawn from them by `seed` (None: all).
+    """Score the answers of `rows`.
 
     Greedy answers end where the model ends them, or at `max_new_tokens` (None: `answer_length`), where the references
     that they are compared with are cut, too. Without `generate`, answers are read off the likelihoods. `name` labels
@@ -254,15 +252,13 @@ def evaluate_answers(
     from lowmem_npo.evaluation.scoring.generation import Prompt, greedy_answers, text_of
     from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
-    if not rows or limit == 0:
+    if not rows:
         raise ValueError("there is no row to score")
-    chosen = choose_rows(len(rows), limit, seed)
-    picked = [rows[i] for i in chosen]
-    questions = [question(row) for row in picked]
+    questions = [question(row) for row in rows]
     likelihoods = answer_likelihoods(
-        model, picked, batch_size=batch_size, description=f"{name}: likelihood", progress=progress
+        model, rows, batch_size=batch_size, description=f"{name}: likelihood", progress=progress
     )
-    length = answer_length(picked, max_new_tokens)
+    length = answer_length(rows, max_new_tokens)
     if generate:
         prompts = [Prompt(prompt, length) for prompt, _ in questions]
         answers = greedy_answers(
@@ -272,7 +268,7 @@ def evaluate_answers(
         forced = forced_answers(
             model,
             tokenizer,
-            picked,
+            rows,
             [len(reference) for _, reference in questions],
             batch_size=batch_size,
             description=f"{name}: most likely tokens",
@@ -281,9 +277,8 @@ def evaluate_answers(
         answers = [ids[:length] for ids in forced]
 
     records = []
-    for row, (prompt, reference_ids), likelihood, answer_ids in zip(
-        chosen, questions, likelihoods, answers, strict=True
-    ):
+    of_rows = zip(questions, likelihoods, answers, strict=True)
+    for row, ((prompt, reference_ids), likelihood, answer_ids) in enumerate(of_rows):
         reference = text_of(tokenizer, reference_ids[:length]).strip()
         answer = text_of(tokenizer, answer_ids).strip()
         figures = compared(reference, answer)

@@ -43,7 +43,7 @@ def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable
 def another_tokenizer(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two evaluations are known to have split or written their rows differently: no figure per token says the
     same then."""
-    return _changed(THE_TOKENIZER, earlier, now.get("digests", {}))
+    return changed(THE_TOKENIZER, earlier, now.get("digests", {}))
 
 
 def other_options(
@@ -106,14 +106,14 @@ def check_same_sets(files: EvaluationFiles, digests: Mapping[str, str]) -> None:
 
 
 def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
-    return [part for part in _sets(digests) if _changed(part, earlier, digests)]
+    return [part for part in _sets(digests) if changed(part, earlier, digests)]
 
 
 def _sets(digests: Mapping[str, str]) -> list[str]:
     return [name for name in digests if name not in OTHERS]
 
 
-def _changed(name: str, earlier: Mapping[str, Any], digests: Mapping[str, str]) -> bool:
+def changed(name: str, earlier: Mapping[str, Any], digests: Mapping[str, str]) -> bool:
     """Whether `name` is known to have been another."""
     known = earlier["digests"]
     return name in known and name in digests and known[name] != digests[name]

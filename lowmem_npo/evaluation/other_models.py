@@ -9,25 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem_npo.evaluation.comparing import changed
 from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_BASE, THE_SIZE
 
 
 def another_base(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Both models in words, where an adapter is evaluated now and its base is known to be another model than the one
     measured earlier; else None."""
-    if THE_ADAPTER not in now.get("digests", {}) or not (_differ(THE_BASE, earlier, now) or another_size(earlier, now)):
+    digests = now.get("digests", {})
+    if THE_ADAPTER not in digests or not (changed(THE_BASE, earlier, digests) or another_size(earlier, now)):
         return None
     return _both(earlier, now)
 
 
 def another_size(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Both models in words, where they are known to be of other architectures or sizes; else None."""
-    return _both(earlier, now) if _differ(THE_SIZE, earlier, now) else None
-
-
-def _differ(what: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    was, is_now = (of.get("digests", {}).get(what) for of in (earlier, now))
-    return None not in (was, is_now) and was != is_now
+    return _both(earlier, now) if changed(THE_SIZE, earlier, now.get("digests", {})) else None
 
 
 def _both(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def asked(instruct_model) -> tuple[Evaluations, Evaluations]:
     model = AutoModelForCausalLM.from_pretrained(instruct_model, dtype=torch.float32)
     examples = to_examples(Rows("facts", FACTS, [1, 2, 3]))
     rows, places = tokenize(examples, tokenizer), [0, 1, 2]
-    how = {"limit": None, "progress": False}
+    how = {"progress": False}
     free = {"forget": evaluate_answers(model, tokenizer, rows, max_new_tokens=TOKENS, **how)}
     for form, of_form in other_forms(rows, examples, places, tokenizer, Template(), 512).items():
         free[in_form("forget", form)] = evaluate_answers(model, tokenizer, of_form.rows, max_new_tokens=TOKENS, **how)

@@ -176,9 +176,7 @@ def _teach(
 
 def _evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> Evaluations:
     return {
-        part: evaluate_answers(
-            model, tokenizer, getattr(data, part), name=f"     gold, {part}", limit=None, batch_size=BATCH_SIZE
-        )
+        part: evaluate_answers(model, tokenizer, getattr(data, part), name=f"     gold, {part}", batch_size=BATCH_SIZE)
         for part in PARTS
     }
 

@@ -83,7 +83,6 @@ def measure_answers(plan: RunPlan, model: PreTrainedModel | PeftModel, stage: st
             plan.tokenizer,
             of_set.rows,
             name=f"{stage}, {name}",
-            limit=None,
             max_new_tokens=_answer_length(plan, asked, name),
             batch_size=rows_at_once(plan.config),
             generate=plan.config.output.lets_write,

@@ -147,7 +147,6 @@ class Scorer:
                 self.loaded_model,
                 self.tokenizer,
                 [rows[row] for row in chosen],
-                limit=None,
                 max_new_tokens=max_new_tokens,
                 batch_size=self.batch_size,
                 progress=False,

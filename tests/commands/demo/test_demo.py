@@ -83,7 +83,7 @@ def test_it_leaves_an_ordinary_model_and_adapter(demo):
         ("gold", lambda: AutoModelForCausalLM.from_pretrained(result.directory / "gold", dtype=torch.float32)),
         ("after", lambda: PeftModel.from_pretrained(model, result.directory / "unlearned")),
     ):
-        again = evaluate_answers(load(), tokenizer, rows.forget, limit=None, progress=False).summary
+        again = evaluate_answers(load(), tokenizer, rows.forget, progress=False).summary
         assert again.nll == pytest.approx(result.stages[stage]["forget"].nll, rel=1e-4)
         assert again.exact_match == result.stages[stage]["forget"].exact_match
 
