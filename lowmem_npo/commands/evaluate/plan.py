@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -56,38 +57,35 @@ from lowmem_npo.sources import data_names
 PROBE = "The 3 quick-brown foxes' café: 12,345.67 –\t東京の猫, кошка, हिन्दी, العربية 🙂\n\n    return x**2  # naïve"
 NOT_QUANTIZED = "The adapter was trained on the 4-bit base and is measured on the unquantised one (no --qlora)."
 
+Examples = Callable[[str], list[Example]]  # of each set
+
 OF_OTHER_ROWS = "The forget rows are others than those of the adapter's run, whose report leaves these leak tests out."
 
 
 @dataclass
 class EvaluationPlan:
-    """A validated evaluation. digests: a hash of each set, of the model, the tokenizer and the adapter. selected: what
-    each benchmark measures. leak_rows: set -> rows of the leak tests. gold: what it is compared with. other_rows,
-    other_holdout: whether the forget rows, and the holdout of the leak tests, are others than those of the adapter's
-    run. data_named: whether any rows are. base: the weights of the base model, as far as they are known before it is
-    loaded. from_run: the sets that are the run's."""
+    """A validated evaluation. directory: where it is measured. selected: what each benchmark measures. leak_rows: set
+    -> rows of the leak tests. gold: what it is compared with. base: the weights of the base model, as far as they are
+    known before it is loaded."""
 
-    config: EvaluationConfig
+    directory: EvaluationDirectory
     model_config: ModelConfig
     context: Context
     sources: dict[str, Rows]
-    digests: dict[str, str]
     selected: list[tuple[Benchmark, str, Selection]]
     leak_rows: dict[str, Selection]
     attacker: Attacker
     gold: Gold
-    other_rows: bool
-    data_named: bool
-    other_holdout: bool
     base: str | None
-    from_run: list[str]
 
     @property
-    def directory(self) -> EvaluationDirectory:
-        """Where it is measured."""
-        return EvaluationDirectory(
-            self.config, self.digests, self.other_rows, self.data_named, self.other_holdout, self.from_run
-        )
+    def config(self) -> EvaluationConfig:
+        return self.directory.config
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """A hash of each set, of the model, the tokenizer and the adapter."""
+        return self.directory.digests
 
     def know_base(self, weights: str) -> None:
         """Compares anew with --before, where the weights of the base model were not there yet when that was done."""
@@ -145,6 +143,7 @@ def plan_evaluation(
     sources = _read(config, limits, from_run, tokenizer, template, say)
     met = dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns)
     check_some_have(met, *asked)
+    examples = cache(lambda part: to_examples(sources[part], **config.columns_of(part, sources[part])))
     digests = _digests(config, sources, model_config, tokenizer) | {THE_SIZE: size_of(architecture)}
     base = Base.here(str(model_config.model), model_config.revision).weights
     settings = settings_with(config, digests, base)
@@ -156,7 +155,7 @@ def plan_evaluation(
         notes.append(
             f"The adapter was trained on the {dtype} base and is measured on the {config.dtype} one (--dtype)."
         )
-    if (others := _are_others(config, sources)) and config.leaks:
+    if (others := _are_others(config, sources, examples)) and config.leaks:
         notes.append(OF_OTHER_ROWS)
     fit = known_fit(architecture)
     context = Context(config, tokenizer, template, earlier.content, notes, fit, earlier.incomparable, gold.log)
@@ -165,19 +164,18 @@ def plan_evaluation(
     for benchmark in BENCHMARKS:
         benchmark.check(config)
     selected = [chosen for chosen in _select(sources, context) if only is None or chosen[0].name in only]
-    leak_rows, attacker = _select_for_leaks(sources, context, run.get("allow_overlap", False))
+    leak_rows, attacker = _select_for_leaks(sources, examples, context, run.get("allow_overlap", False))
     if leak_rows:
         for test in leak_tests(config.leaks):
             test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
-    for line in _forms(selected, sources, leak_rows, context):
+    for line in _forms(selected, sources, examples, leak_rows, context):
         say(line)
     if context.fit is not None and (remark := context.fit.remark(context.longest)) is not None:
         say(remark)
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
-    return EvaluationPlan(
-        config, model_config, context, sources, digests, selected, leak_rows, attacker, gold, others, data_named,
-        _is_other_holdout(config, sources), base, from_run,
-    )  # fmt: skip
+    other_holdout = _is_other_holdout(config, sources, examples)
+    directory = EvaluationDirectory(config, digests, others, data_named, other_holdout, from_run)
+    return EvaluationPlan(directory, model_config, context, sources, selected, leak_rows, attacker, gold, base)
 
 
 def settings_with(config: EvaluationConfig, digests: Mapping[str, str], base: str | None) -> dict[str, Any]:
@@ -248,7 +246,7 @@ def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchma
 
 
 def _select_for_leaks(
-    sources: Mapping[str, Rows], context: Context, allow_overlap: bool
+    sources: Mapping[str, Rows], read: Examples, context: Context, allow_overlap: bool
 ) -> tuple[dict[str, Selection], Attacker]:
     """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one; and what else they
     may use. Empty if there are no leak tests.
@@ -258,9 +256,8 @@ def _select_for_leaks(
     config = cast(EvaluationConfig, context.config)
     if not config.leaks:
         return {}, Attacker()
-    given = {part: sources[part] for part in ("forget", "holdout") if part in sources}
-    examples = {part: to_examples(rows, **config.columns_of(part, rows)) for part, rows in given.items()}
-    to_keep = to_examples(sources["retain"], **config.columns) if "retain" in sources else []
+    examples = {part: read(part) for part in ("forget", "holdout") if part in sources}
+    to_keep = read("retain") if "retain" in sources else []
     for part, taught in (("forget", examples["forget"]), ("retain", to_keep)):
         if pairs := find_overlap(taught, examples.get("holdout", [])):
             first = is_also(*pairs[0])
@@ -306,26 +303,26 @@ def _judging(config: EvaluationConfig, holdout: Sequence[Example], context: Cont
 
 def _forms(
     selected: Sequence[tuple[Benchmark, str, Selection]],
-    sources: Mapping[str, Rows],
+    sources: Collection[str],
+    examples: Examples,
     leak_rows: Mapping[str, Selection],
     context: Context,
 ) -> list[str]:
     """How the rows of each set are written, where no benchmark has a form of its own."""
-    named = {name for benchmark, name, _ in selected if benchmark.uses_template}
-    columns = cast(EvaluationConfig, context.config).columns
+    named = {name for benchmark, name, _ in selected if benchmark.uses_template} | set(leak_rows)
     return [
-        f"{name}: {context.template.describe(to_examples(rows, **columns)[0], context.tokenizer)}"
-        for name, rows in sources.items()
-        if name in named | set(leak_rows)
+        f"{name}: {context.template.describe(examples(name)[0], context.tokenizer)}"
+        for name in sources
+        if name in named
     ]
 
 
-def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
+def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows], examples: Examples) -> bool:
     """Whether the forget rows are known to be others than those of the run of --adapter."""
     if config.adapter is None or "forget" not in sources:
         return False
     try:
-        forget = to_examples(sources["forget"], **config.columns)
+        forget = examples("forget")
     except UserError:  # rows of a benchmark that no run could forget
         return True
     try:
@@ -334,14 +331,13 @@ def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
         return False
 
 
-def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows]) -> bool:
+def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows], examples: Examples) -> bool:
     """Whether leak tests compare with a holdout that is known to be another than that of the run of --adapter."""
     if config.adapter is None or not config.leaks:
         return False
-    run, rows = run_of_adapter(config.adapter).path, sources.get("holdout")
-    examples = None if rows is None else to_examples(rows, **config.columns)
+    run, holdout = run_of_adapter(config.adapter).path, examples("holdout") if "holdout" in sources else None
     try:
-        judges = None if examples is None else [examples[place] for place in judging(run, examples)]
+        judges = None if holdout is None else [holdout[place] for place in judging(run, holdout)]
         return is_other_holdout(run, judges)
     except UserError:  # the record is damaged, as the report says
         return False

@@ -25,7 +25,7 @@ from lowmem_npo.evaluation.benchmarks.plain import PLAIN, summaries_of
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.comparing import loaded_otherwise
-from lowmem_npo.evaluation.directory import THE_ADAPTER, THE_BASE, EvaluationDirectory, as_json
+from lowmem_npo.evaluation.directory import OTHER_ROWS, THE_ADAPTER, THE_BASE, as_json
 from lowmem_npo.evaluation.fluency import fluency
 from lowmem_npo.evaluation.leaks.contract import NO_HOLDOUT, LeakTest, SavedModel, Subject, leak_results
 from lowmem_npo.evaluation.leaks.measure import repeated, run_leak_tests, steps_of_tuning, time_of_tuning
@@ -105,7 +105,7 @@ def measure(
     config, directory = plan.config, plan.directory
     directory.check()
     model = _loaded(plan, say, load)
-    on_base = _note_base(plan, directory)
+    on_base = _note_base(plan)
     journal = directory.begin()
     stream_layers(model, config, resolve_device(config.device))
     with original_model(model):
@@ -146,12 +146,12 @@ def _loaded(
     return adapted
 
 
-def _note_base(plan: EvaluationPlan, directory: EvaluationDirectory) -> bool:
+def _note_base(plan: EvaluationPlan) -> bool:
     """Notes which base is evaluated. Whether it is the one that the adapter was trained on, if there is an adapter."""
     config = plan.config
     base = Base.here(str(plan.model_config.model), plan.model_config.revision, of_adapter=not config.any_base)
     if base.weights is not None:
-        directory.digests[THE_BASE] = base.weights
+        plan.digests[THE_BASE] = base.weights
         plan.know_base(base.weights)
     another = of_another_base(expanded(config.adapter), base) if config.adapter else None
     plan.context.notes += [another] if another else []
@@ -245,7 +245,7 @@ def _last_lines(plan: EvaluationPlan, result: Evaluation, on_base: bool, say: Sa
         return [*worst, own]
     if other := of_another_adapter(run.path):
         say(other)
-    elif on_base and not plan.other_rows and (content := read_content(run.path)).stages:
+    elif on_base and not plan.directory.beside_options[OTHER_ROWS] and (content := read_content(run.path)).stages:
         after, headline = content.stages.get("after", {}), content.verdict.headline
         alike = not loaded_otherwise(content.settings, as_json(config))
         alike = alike and (FORGET not in now or (FORGET in after and same_rows(after[FORGET], now[FORGET])))
