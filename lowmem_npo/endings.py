@@ -96,6 +96,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in UNALLOCATED_ON_GPU)
 
 
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Whether the machine's own memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in UNALLOCATED)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a GPU's or the machine's: nothing is wrong with what was being read, then."""
+    return is_out_of_memory(error) or is_out_of_host_memory(error)
+
+
 def failure(error: BaseException) -> str | None:
     """What of the machine failed, as a clause, if `error` is of that kind: its disk, its memory, its GPU's memory."""
     kind, text = type(error).__name__, one_line(error, MOST)
@@ -104,8 +116,11 @@ def failure(error: BaseException) -> str | None:
         path = str(error.filename or "")
         return f"'{path[:MOST_OF_PATH]}{'…' * (len(path) > MOST_OF_PATH)}': {reason}" if path else reason
     if is_out_of_memory(error):
-        return "the GPU ran out of memory: give a smaller batch, or for a run --memory-budget, which finds what fits"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in text for t in UNALLOCATED)):
+        return (
+            "the GPU ran out of memory: give a smaller batch, --qlora or --stream-weights, or for a run "
+            "--memory-budget, which finds what fits"
+        )
+    if is_out_of_host_memory(error):
         return "the machine ran out of memory"
     if kind == "SafetensorError" or (isinstance(error, RuntimeError) and any(t in text for t in UNWRITTEN)):
         return f"a file of weights could not be read or written ({text}), perhaps because the disk is full"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -19,13 +20,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    core_model_loading,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from lowmem_npo.config import ModelConfig
 from lowmem_npo.console import Say, silent
-from lowmem_npo.endings import is_out_of_memory
+from lowmem_npo.endings import lacks_memory
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded
 from lowmem_npo.libraries import hub_problem
@@ -232,7 +234,7 @@ def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoade
     }
     try:
         original = original_weights(name, config.revision, loaded_config)
-        with loading as damaged, each:
+        with loading as damaged, each, _lack_of_memory_ends_it():
             if original is not None:
                 model, loaded_weights = load_tensors(loaded_config, original.unread(), **options)
                 model.name_or_path = model.config.name_or_path = name
@@ -252,7 +254,7 @@ def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoade
     except UserError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if lacks_memory(error):
             raise
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -268,6 +270,25 @@ def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoade
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def _lack_of_memory_ends_it() -> AbstractContextManager[object]:
+    """Inside, memory that runs out while transformers converts a weight, as to 4 bits or into a tensor of all experts,
+    is raised. transformers notes what fails there, goes on to the next weight, and ends with an error that does not
+    say why."""
+    noted = core_model_loading.log_conversion_errors
+
+    class Raised:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.noted = noted(*args, **kwargs)
+
+        def __enter__(self) -> None:
+            self.noted.__enter__()
+
+        def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool | None:
+            return False if error and lacks_memory(error) else self.noted.__exit__(kind, error, trace)
+
+    return mock.patch.object(core_model_loading, "log_conversion_errors", Raised)
 
 
 def _from_cache(

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from lowmem_npo.console import Say
+from lowmem_npo.endings import lacks_memory
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded, file_sha256, load_json
 from lowmem_npo.model.names import resolve_name
@@ -185,6 +186,8 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     try:
         adapted = PeftModel.from_pretrained(model, str(expanded(folder)))
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
+        if lacks_memory(error):
+            raise
         raise UserError(f"{misfit} ({one_line(error, 200)}).") from error
     adapted.active_peft_config.base_model_name_or_path = model.name_or_path  # PEFT would look for the named one
     own = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import safe_globals
 
 from lowmem_npo.console import Say
+from lowmem_npo.endings import lacks_memory
 from lowmem_npo.files import file_sha256, load_json, write_atomically
 from lowmem_npo.model.adapters import adapter_weights
 from lowmem_npo.run_directory import AdapterFiles, RunFiles, step_of
@@ -114,8 +115,9 @@ def _damage(files: AdapterFiles, trainer: Trainer, to_train: bool) -> str | None
         try:
             if is_whole(file) and hashes.get(file.name) in (None, file_sha256(file)):
                 continue
-        except Exception:  # every format and reader has errors of its own
-            pass
+        except Exception as error:  # every format and reader has errors of its own
+            if lacks_memory(error):
+                raise
         return f"{file.name} is damaged or of another run"
     return None
 

@@ -6,21 +6,24 @@ import re
 import shutil
 
 import bitsandbytes
+import peft
 import pytest
 import torch
 from helpers.architectures import random_model, tiny_config
 from helpers.tiny_models import states, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.core_model_loading import MergeModulelist
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
 
 from lowmem_npo.cli import main
-from lowmem_npo.config import ModelConfig
+from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.console import silent
 from lowmem_npo.errors import UserError
-from lowmem_npo.model import load_model
+from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.quantization import is_finite, quantising
+from lowmem_npo.model.saved_adapter import load_adapter
 from lowmem_npo.model.weights import not_finite
 
 
@@ -203,6 +206,65 @@ def test_a_weight_is_moved_to_what_quantises_it_from_a_list_or_by_itself():
         stored = bitsandbytes.functional.dequantize_4bit(made.data, made.quant_state)
         assert 0 < (stored - weight).norm() < 0.15 * weight.norm()
     assert damaged == []
+
+
+@pytest.fixture
+def runs_out(monkeypatch):
+    """(owner, name, error, at): from call `at` of that method on, memory has run out. Returns the list of its calls."""
+
+    def plant(owner, name, error, at):
+        real, calls = getattr(owner, name), []
+
+        def fails(*args, **options):
+            calls.append(name)
+            if len(calls) >= at:
+                raise error
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, fails)
+        return calls
+
+    return plant
+
+
+GPU_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+HOST_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize("error", [GPU_MEMORY, HOST_MEMORY])
+@pytest.mark.parametrize("owner, name, at", [
+    (bitsandbytes.nn.Params4bit, "_quantize", 6),
+    (Bnb4bitDeserialize, "convert", 3),
+    (MergeModulelist, "convert", 6),  # the first four are without data, by `check_directory_weights`
+])  # fmt: skip
+def test_memory_that_runs_out_while_a_weight_is_converted_ends_loading(
+    owner, name, at, error, runs_out, saved, tmp_path
+):
+    """transformers would note it of this weight, try all others, and call the model's weights damaged."""
+    config = ModelConfig(str(saved), qlora=owner is not MergeModulelist, device="cpu")
+    if owner is not bitsandbytes.nn.Params4bit:
+        stored = load_model(config) if owner is Bnb4bitDeserialize else mixtral()
+        stored.save_pretrained(tmp_path)
+        config = ModelConfig(str(tmp_path), device="cpu")
+    calls = runs_out(owner, name, error, at)
+    with pytest.raises(type(error)) as raised:
+        load_model(config)
+    assert raised.value is error and len(calls) == at
+
+
+def test_a_command_says_that_memory_ran_out_while_the_model_was_loaded(byte_model, runs_out, tmp_path, capsys):
+    runs_out(bitsandbytes.nn.Params4bit, "_quantize", GPU_MEMORY, 6)
+    options = ["--model", byte_model, "--qlora", "--device", "cpu", "--limit", 2, "--output-dir", tmp_path / "out"]
+    assert main(["evaluate", *map(str, options)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lowmem-npo evaluate: the GPU ran out of memory: ") and last.endswith("nothing was written.")
+
+
+def test_memory_that_runs_out_for_an_adapter_does_not_make_it_another_models(runs_out, tmp_path):
+    attach_lora(tiny_model("llama"), AdapterConfig()).save_pretrained(tmp_path)
+    runs_out(peft.PeftModel, "load_adapter", GPU_MEMORY, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(tiny_model("llama"), str(tmp_path))
 
 
 def test_an_rwkv_is_refused(tmp_path):

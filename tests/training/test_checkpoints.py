@@ -114,6 +114,18 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, whole, cut, run, caps
     assert not (cut / "damaged-checkpoint-3").exists()
 
 
+def test_a_checkpoint_for_which_memory_ran_out_is_not_called_damaged(cut, run, capsys, monkeypatch):
+    """It would be removed in the end."""
+
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", no_memory)
+        assert run(cut, "--resume") == 2
+    assert "the machine ran out of memory" in capsys.readouterr().err and not list(cut.glob("damaged-*"))
+
+
 def test_half_a_checkpoint_costs_no_whole_one(whole, cut, run, capsys):
     """The Trainer was killed while it removed the oldest, whose date is then the latest."""
     missing(cut / "checkpoint-1" / "optimizer.pt")
