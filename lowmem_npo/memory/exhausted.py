@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -14,18 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowmem_npo.endings import is_out_of_memory
+from lowmem_npo.memory.release import release_memory
 from lowmem_npo.model.layers import causal_lm
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _room: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # rows at once, of models for which it ran out
-
-
-def release_memory() -> None:
-    """Gives back what the allocator keeps. To be called outside the `except` clause: the error's traceback holds what
-    the pass had allocated."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 class RandomState(NamedTuple):

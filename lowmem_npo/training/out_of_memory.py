@@ -19,7 +19,8 @@ from lowmem_npo.console import Say
 from lowmem_npo.data.batching import Batch, Pick
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.files import load_json, write_atomically
-from lowmem_npo.memory.exhausted import RandomState, release_memory
+from lowmem_npo.memory.exhausted import RandomState
+from lowmem_npo.memory.release import release_memory
 from lowmem_npo.run_directory import AdapterFiles
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from lowmem_npo.evaluation.scoring.batching import at_once
 from lowmem_npo.evaluation.scoring.token_scores import token_scores
 from lowmem_npo.files import expanded, file_sha256
 from lowmem_npo.memory.host_room import check_room
+from lowmem_npo.memory.release import release_memory
 from lowmem_npo.memory.streaming import can_stream_to
 from lowmem_npo.memory.switches import load_base, stream_layers
 from lowmem_npo.model.checkpoint import find_checkpoint
@@ -176,7 +176,7 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
         raise UserError("the merged model does not fit into the GPU's memory (--device cpu)") from error
     finally:
         model = None  # type: ignore[assignment]
-        gc.collect()
+        release_memory()
 
     def nll(part: str) -> float | None:
         own = [logprob for row in scores.get(part, ()) for logprob in row.logprobs]

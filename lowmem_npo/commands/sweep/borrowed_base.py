@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
+
+from lowmem_npo.memory.release import release_memory
 
 
 @contextmanager
@@ -35,9 +36,7 @@ def borrowed(base: PreTrainedModel) -> Iterator[PreTrainedModel]:
             vars(holder).update(values)
         embedding.to(device)
         base.eval()
-        gc.collect()  # a trainer refers to itself
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()  # a trainer refers to itself
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, object]:

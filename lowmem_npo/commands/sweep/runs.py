@@ -33,6 +33,7 @@ from lowmem_npo.evaluation.answers import read_answers, save_answers, summaries
 from lowmem_npo.evaluation.leaks.registry import leak_tests
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import load_json, write_atomically, write_json
+from lowmem_npo.memory.release import release_memory
 from lowmem_npo.model import load_model
 from lowmem_npo.model.saved_adapter import settings_of_run
 from lowmem_npo.report.files import write_report
@@ -119,6 +120,7 @@ def _sweep_claimed(
             reason = " ".join(reason.split())
             state.record(run, error=reason)
             say(f"    failed: {reason}")
+        release_memory()  # of a run that failed: until here its error held it
     result = collect(runs, state.entries, root, *([evaluation.figures] if evaluation else []))
     if not result.configurations:
         raise UserError(f"No run of the sweep succeeded. {result.failed[0]['directory']}: {result.failed[0]['error']}")
@@ -322,6 +324,7 @@ class Bases:
 
     def free(self) -> None:
         self._model = None
+        release_memory()
 
 
 class Ledger:

@@ -22,6 +22,7 @@ from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
 from lowmem_npo.files import shortage
 from lowmem_npo.memory.checkpointing import enable_checkpointing
+from lowmem_npo.memory.release import release_memory
 from lowmem_npo.memory.switches import apply_switches
 from lowmem_npo.model import attach_lora, load_model, load_tokenizer, resolve_name
 from lowmem_npo.model.adapters import adapter_size, check_lora
@@ -94,6 +95,7 @@ def teach_models(config: RunConfig, how: TeachingOptions, inputs: Inputs, root: 
         make = _taught_whole if how.teach == "full" else _taught_lora
         with making(root / name, recipe) as partial:
             nll = make(config, how, rows, partial, name)
+        release_memory()  # of the model, before the next one is loaded
         say(f"    NLL {nll:.3f} in the last epoch; saved in {root / name}")
 
 
@@ -160,6 +162,7 @@ def _taught_lora(config: RunConfig, how: TeachingOptions, rows: Sequence[Tokeniz
     adapter = into / "adapter"
     model.save_pretrained(str(adapter))
     del model
+    release_memory()
     checkpoint = find_checkpoint(resolve_name(config.model.model, config.model.revision), config.model.revision)
     write_merged(checkpoint, find_updates(str(adapter), checkpoint), into, DTYPES[config.model.dtype])
     shutil.rmtree(adapter)

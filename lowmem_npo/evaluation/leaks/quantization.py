@@ -16,7 +16,6 @@ model is gone: none is in memory beside another, and the files of adapter and ba
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections import defaultdict
@@ -126,6 +125,7 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
     from safetensors import SafetensorError
 
     from lowmem_npo.memory.exhausted import if_fits
+    from lowmem_npo.memory.release import release_memory
 
     scorer, measured, attacked = subject.scorer, FormFigures(), Attacked()
     problems: dict[str, list[str]] = {}  # why -> which forms
@@ -137,7 +137,7 @@ def measure_forms(subject: Subject, saved: SavedModel) -> tuple[FormFigures, Att
             known += [0 in scorer.journal.known(_attack_part(subject, form, test)) for test in subject.repeated]
             model = None
             if not all(known):
-                gc.collect()  # the model before
+                release_memory()  # of the model before
                 try:
                     model = if_fits(partial(_load, form, saved))
                 except (UserError, OSError, SafetensorError) as error:

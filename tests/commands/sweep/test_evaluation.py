@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from helpers.loaded_models import loads_watched
 from helpers.rows import write_rows
 from helpers.taught_model import LIMIT, TEACHING
 from safetensors.torch import load_file, save_file
@@ -18,15 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lowmem_npo.cli import main
 from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer
+from lowmem_npo.commands.sweep import runs as runs_module
+from lowmem_npo.commands.sweep import taught_models
 from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
 from lowmem_npo.commands.sweep.options import TeachingOptions
 from lowmem_npo.commands.sweep.taught_models import check_teaching, lessons, teach_models
 from lowmem_npo.commands.train.plan import Inputs, read_inputs
-from lowmem_npo.config import DataConfig, ModelConfig, RunConfig
+from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, RunConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import Template, bundled_rows, prepare, to_examples
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.answers import evaluate_answers
+from lowmem_npo.memory import switches
 from lowmem_npo.run_directory import RunFiles
 
 GRID = ["--seeds", "1,2", "--grid", "forget-term=npo,ga"]
@@ -418,6 +422,26 @@ def test_full_teaching_that_cannot_fit_is_refused_by_what_it_takes(desk, tmp_pat
     inputs = Inputs(large, tokenizer, prepare(tokenizer, DataConfig(limit=4)))
     with pytest.raises(UserError, match=r"--teach full takes at least \d+\.\d GiB, and the machine has .* lora takes"):
         check_teaching(config, TeachingOptions(teach="full"), inputs, tmp_path)
+
+
+@pytest.mark.parametrize("teach", ["lora", "full"])
+def test_a_taught_model_is_gone_before_the_next_one_is_loaded(teach, desk, tmp_path):
+    """Its memory switches make cycles."""
+    sources = {part: str(desk / f"{part}.jsonl") for part in ("forget", "retain")}
+    model, memory = ModelConfig(str(desk / "base"), dtype="float32", device="cpu"), MemoryConfig(tile_mlp=8)
+    config = RunConfig(model, DataConfig(**sources), memory=memory)
+    inputs = read_inputs(config, silent)
+    with loads_watched(taught_models) as still_there:
+        teach_models(config, TeachingOptions(teach, 1, 1e-3, 4), inputs, tmp_path, silent)
+    assert still_there == [0, 0]
+
+
+def test_one_model_at_a_time_is_in_memory(desk, tmp_path):
+    """The base, which is taught twice; gold; the taught one, for the run and for its evaluation; three forms."""
+    grid, tests = ["--seeds", "1", "--grid", "tile-mlp=8", "qlora=true"], ["--evaluate", "extraction,quantization"]
+    with loads_watched(taught_models, runs_module, switches) as still_there:
+        assert swept(desk, tmp_path / "out", grid=grid, evaluate=tests) == 0
+    assert len(still_there) >= 8 and not any(still_there)
 
 
 def test_lora_teaching_leaves_a_whole_model(desk, tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 import os
 import re
 import shlex
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from helpers.loaded_models import loads_watched
 from helpers.saved_adapters import same_adapter, weights
 from helpers.taught_model import LIMIT
 from matplotlib import image
@@ -33,6 +36,7 @@ from lowmem_npo.estimate.automatic import Simulation, workload_of
 from lowmem_npo.memory import streaming
 from lowmem_npo.model import load_model
 from lowmem_npo.run_directory import RunDirectory
+from lowmem_npo.training.trainer import NPOTrainer
 
 # Runs that change the model in different ways: tiled MLPs or not; the embedding moves in all.
 SWITCHES = "tile-mlp=16,"
@@ -359,6 +363,40 @@ def test_stopping_in_a_sweep_is_reported(taught_model, tmp_path):
         assert swept(taught_model, tmp_path / "o", *grid, "--resume") == 1
         *_, failed = json.loads((tmp_path / "o" / "sweep.json").read_text())["runs"]
         assert "stopping.json' is damaged: restore or remove it" in failed["error"], failed
+
+
+def test_a_base_is_gone_before_the_next_one_is_loaded(taught_model):
+    """4-bit weights and their layers refer to each other."""
+    bases, config = sweep_run.Bases(), ModelConfig(str(taught_model), qlora=True, device="cpu")
+    with loads_watched(sweep_run) as still_there:
+        for double_quant in ("on", "off"):
+            bases.loaded(replace(config, double_quant=double_quant))
+    assert still_there == [0, 0]
+
+
+def test_a_failed_run_is_gone_before_the_next_one_trains(taught_model, tmp_path, monkeypatch):
+    """The error's traceback holds its trainer until it has been reported."""
+    real, trainers = NPOTrainer.training_step, list[weakref.ref]()
+
+    def first_fails(trainer, *args):
+        if not trainers:
+            trainers.append(weakref.ref(trainer))
+            gc.disable()
+            raise RuntimeError("CUDA error: out of memory")
+        return real(trainer, *args)
+
+    def begins(*args):
+        still_there.append(any(trainer() is not None for trainer in trainers))
+        return unlearn(*args)
+
+    still_there, unlearn = list[bool](), sweep_run.unlearn
+    monkeypatch.setattr(NPOTrainer, "training_step", first_fails)
+    monkeypatch.setattr(sweep_run, "unlearn", begins)
+    try:
+        assert swept(taught_model, tmp_path / "o", "--seeds", "1,2", "--grid", "delta=0.5") == 1
+    finally:
+        gc.enable()
+    assert still_there == [False, False]
 
 
 def test_runs_of_one_model_load_it_once(taught_model):

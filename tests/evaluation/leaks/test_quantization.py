@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.loaded_models import loads_watched
 from helpers.rows import write_rows
 from helpers.small_demo import SMALL
 from peft import LoraConfig, get_peft_model
@@ -158,6 +159,12 @@ def test_attacks_that_do_not_fit_end_neither_the_others_nor_the_evaluation(work,
     sentence = leak_sentence(leak_results(found), None, False)
     assert sentence.endswith("Not measured, since memory ran out: relearning, retuning, quantization (in part).")
     assert evaluate(work, "unlearned", tmp_path / "out", *tests, "--resume")[1] == whole
+
+
+def test_one_form_at_a_time_is_in_memory(work, tmp_path):
+    with loads_watched(switches) as still_there:
+        assert evaluate(work, "unlearned", tmp_path / "out", "quantization")[0] == 0
+    assert still_there == [0, 0, 0, 0]  # as evaluated, and three forms
 
 
 def test_it_goes_on_where_it_was(work, tmp_path, monkeypatch):
