@@ -21,7 +21,7 @@ class ModelOptions(Checked):
     """Load the frozen weights as 4-bit NF4 (bitsandbytes); without it they stay as --dtype says."""
     double_quant: Automatic = "auto"
     """Whether the scales of 4-bit weights are quantised, too: 0.4 bits less per weight, and more work in every pass.
-    auto: on, unless the run's GPU, or --memory-budget, has room without it."""
+    auto: on, unless the run's GPU, or --memory-budget, has room without it; on in a sweep, whose runs have one base."""
     attn: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention implementation. flash_attention_2 needs the extra: pip install 'lowmem-npo[flash]'."""
     dtype: Literal["bf16", "float32"] = "bf16"

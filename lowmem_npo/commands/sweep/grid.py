@@ -208,13 +208,19 @@ def named(point: GridPoint, error: UserError) -> UserError:
 
 
 def _placed(config: RunConfig, point: GridPoint, root: Path, seed: int) -> RunConfig:
-    """`config` with its own directory and seed, and with a reference that it shares with all runs that can share it."""
-    memory = config.memory
+    """`config` with its own directory and seed, and with a reference that it shares with all runs that can share it.
+
+    Runs and evaluations share the base, too: whether its scales are quantised must not depend on what fits beside one.
+    """
+    memory, model = config.memory, config.model
+    if model.qlora and model.double_quant == "auto":
+        model = replace(model, double_quant="on")
     if memory.reference != "live":
         shared = expanded(memory.reference_dir or RunFiles(root).reference)
         memory = replace(memory, reference_dir=str(shared / point.start.name if point.start.settings else shared))
     return replace(
         config,
+        model=model,
         memory=memory,
         training=replace(config.training, seed=seed),
         output=replace(config.output, output_dir=str(root / point.name / f"seed-{seed}")),

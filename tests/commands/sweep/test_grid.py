@@ -39,6 +39,13 @@ def test_any_train_option_by_its_name():
     assert runs[0].point.name.startswith("lora-targets=q_proj-v_proj_lr=1e-4_qlora=true_stop-when=default_warmup")
 
 
+def test_runs_have_their_base_in_common_whatever_fits_beside_one():
+    runs = planned(["qlora=true,false", "double-quant=,off"], seeds=[1])
+    assert [(r.config.model.qlora, r.config.model.double_quant) for r in runs] == [
+        (True, "on"), (True, "off"), (False, "auto")
+    ]  # fmt: skip
+
+
 def test_other_spellings_are_ours():
     assert parse_grid(["learning_rate=1,2"], {"learning-rate": "lr"}) == parse_grid(["lr=1,2"])
     with pytest.raises(UserError, match="names lr twice"):
