@@ -27,7 +27,7 @@ def compile_in_another_process(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=[pytest.mark.slow] * (gpu == "9.0")) for gpu in LARGEST])
+@pytest.mark.parametrize("gpu", LARGEST)
 def test_every_kernel_fits(gpu, request):
     everything = request.config.getoption("--all-gpus", default=False)
     if gpu not in ("8.6", "9.0") and not everything:
@@ -55,7 +55,6 @@ assert ["fma" in s.compile().asm["ptx"] for s in (specimen, fusing)] == [False, 
     assert process.returncode == 0, process.stderr[-2000:]
 
 
-@pytest.mark.slow
 def test_a_kernel_that_does_not_fit_is_noticed():
     """Tiles of 128 x 256 entries with 4 warps: as many sums as there are registers."""
     program = """
