@@ -6,7 +6,8 @@ it stands. Rows to forget and rows of the holdout are ranked by their NLL under 
 the quantile of the holdout that belongs to its rank, so that the forgotten rows end as spread out as unseen ones are.
 Under `--template both` each form is ranked by itself: the same answer is more or less likely in another one.
 
-One half of the holdout sets the levels, the other is what the run is judged by.
+One half of the holdout sets the levels, the other is what the run is judged by. Rows of the same text are in one half,
+or the run would be judged by the very rows that it was fitted to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,30 +27,44 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.files import load_json, write_json
 from lowmem_npo.model import reference_mode
+from lowmem_npo.training.groups import divided, runs_of, split_texts
 
 SEED = 0  # the halves do not depend on --seed, so that runs with several seeds can be compared
 
 
-def halved(data: PreparedData) -> PreparedData:
-    """`data` with half of its holdout in `level_rows`, and the other half as its holdout.
+def halved(data: PreparedData, say: Say = silent) -> PreparedData:
+    """`data` with half of its holdout in `level_rows`, and the other half as its holdout. How many rows share text with
+    one of the other half is said.
 
     Raises:
-        UserError: fewer than two rows.
+        UserError: fewer than two rows that say different things.
     """
     rows = data.holdout
-    if rows is None or len(rows) < 2:
-        number = "none" if rows is None else "one"
-        raise UserError(
-            f"--forget-level holdout needs rows for its levels and others to be judged by; there is {number}."
+    if rows is None or len({*rows.facts}) < 2:
+        number = "is none" if rows is None else "is one" if len(rows) == 1 else f"are {len(rows)} that say the same"
+        raise UserError(f"--forget-level holdout needs rows for its levels and others to be judged by; there {number}.")
+    sets_levels, judges = _halves(rows)
+    if shared := split_texts(rows, (sets_levels, judges)):
+        say(
+            f"--forget-level holdout: {shared} of {len(rows)} holdout rows share text with one of the other half, "
+            "since a document had to be cut; of several of about one length none has to be."
         )
-    order = np.random.default_rng(SEED).permutation(len(rows))
-    sets_levels, judges = sorted(order[: len(rows) // 2]), sorted(order[len(rows) // 2 :])
     level_rows = _of(rows, sets_levels)
     if (forms := data.holdout_in_forms) is not None:
         where = {example.where for example in level_rows.examples}
         also = [at for at, example in enumerate(forms.examples) if example.plain and example.where in where]
         level_rows = _of(forms, [*sets_levels, *also])
     return replace(data, level_rows=level_rows, holdout=_of(rows, judges))
+
+
+def _halves(rows: TokenizedRows) -> list[list[int]]:
+    """The places of the rows that set levels, the smaller half, and of those that judge. What shares text stays
+    together; a document is cut only where the halves would not be even else."""
+    groups = partial(runs_of, rows)
+    if len({*groups(2)}) < len(rows):
+        return sorted(divided(len(rows), 2, SEED, groups), key=len)
+    order, half = np.random.default_rng(SEED).permutation(len(rows)).tolist(), len(rows) // 2
+    return [sorted(order[:half]), sorted(order[half:])]
 
 
 def _of(rows: TokenizedRows, places: Sequence[int]) -> TokenizedRows:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from lowmem_npo.config import PREFERRING_TERMS, REFUSING_TERMS, RunConfig, may_prefer
 from lowmem_npo.data import PreparedData, TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, KnownByIds
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
-from lowmem_npo.training.layered import divide
+from lowmem_npo.training.groups import divided, groups_of
 
 MOST_NAMED = 8  # rows of a part
 
@@ -140,7 +137,7 @@ def training_rows(
     if layered is not None:
         if to_keep is None:
             raise UserError("layered holds what is not yet forgotten with the retain terms: give gamma or delta.")
-        folds = _folds(to_forget, known, layered, seed)
+        folds = divided(len(to_forget), layered, seed, partial(groups_of, to_forget, known))
         to_keep = [*to_keep, *known]
     rows = [*to_forget, *others] if others else to_forget
     taught_again = known if adversary else ()
@@ -194,69 +191,3 @@ def used_alternatives(config: RunConfig, data: PreparedData) -> TokenizedRows | 
 def names_of(rows: Sequence[TokenizedRow] | None) -> list[str] | None:
     """Where each row comes from: the two forms of `--template both` are from one place. None if that is not known."""
     return [example.where for example in rows.examples] if isinstance(rows, TokenizedRows) else None
-
-
-def _folds(rows: Sequence[TokenizedRow], known: TokenizedRows | KnownByIds, folds: int, seed: int) -> list[list[int]]:
-    """What is forgotten in each stage: documents are cut in more places where the folds would not be even else.
-
-    Raises UserError as `divide` does.
-    """
-    for parts in (folds, 2 * folds, 4 * folds):
-        try:
-            divided = divide(len(rows), folds, seed, groups_of(rows, known, parts))
-        except UserError:  # there may be fewer parts than folds
-            if parts == 4 * folds:
-                raise
-            continue
-        sizes = [len(fold) for fold in divided]
-        if max(sizes) - min(sizes) <= max(1, len(rows) // (8 * folds)):
-            break
-    return divided
-
-
-def groups_of(rows: Sequence[TokenizedRow], known: TokenizedRows | KnownByIds, parts: int) -> list[Hashable]:
-    """What each row stays together with, or half of it would be forgotten while the other half is held: rows that say
-    the same, with the true answers of `known`, then those about one subject, where a column names it, and consecutive
-    passages of a document, which overlap, up to one of so many parts of all rows. Where no text is known, rows of
-    the same ids say the same.
-    """
-    if isinstance(known, KnownByIds):
-        if not isinstance(rows, TokenizedRows):
-            return [("ids", fact) for fact in known.facts]
-        known = rows
-    examples = rows.examples if isinstance(rows, TokenizedRows) else known.examples
-    subjects: dict[int, str] = {}
-    for fact, example in zip(known.facts, examples, strict=True):
-        if example.group is not None:
-            subjects.setdefault(fact, example.group)
-    runs = _runs(known, parts)
-    return [
-        ("group", subjects[fact]) if fact in subjects else ("run", run)
-        for fact, run in zip(known.facts, runs, strict=True)
-    ]
-
-
-def _runs(rows: TokenizedRows, parts: int) -> list[int]:
-    """The run of each row, which its first row names: of all rows that share text, or pieces of these, such as long
-    documents, that are no larger than one of so many parts of all rows; rows that say the same are in one."""
-    from scipy.sparse import coo_array  # late: most runs do without
-    from scipy.sparse.csgraph import connected_components
-
-    near = [(row, other) for row, others in rows.near.items() for other in others]
-    links = coo_array((np.ones(len(near)), tuple(np.array(near).reshape(-1, 2).T)), shape=(len(rows), len(rows)))
-    _, document = connected_components(links, directed=False)
-    facts: dict[int, list[int]] = {}
-    for place in dict.fromkeys(rows.facts):
-        facts.setdefault(document[place], []).append(place)
-    sizes, runs = Counter(document), dict[int, int]()
-    for of, its_facts in facts.items():
-        pieces = min(len(its_facts), math.ceil(sizes[of] * parts / len(rows)))
-        for piece in np.array_split(its_facts, pieces):
-            runs |= dict.fromkeys(piece.tolist(), int(piece[0]))
-    return [runs[fact] for fact in rows.facts]
-
-
-def split_texts(rows: TokenizedRows, folds: Sequence[Sequence[int]]) -> int:
-    """How many rows share text with one of another fold."""
-    fold_of = {row: number for number, fold in enumerate(folds) for row in fold}
-    return sum(any(fold_of[row] != fold_of[other] for other in others) for row, others in rows.near.items())

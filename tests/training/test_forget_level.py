@@ -11,20 +11,26 @@ import numpy as np
 import pytest
 import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
-from helpers.rows import write_rows
+from helpers.rows import write, write_rows
 from helpers.saved_adapters import same_adapter
 from helpers.taught_model import unlearning_config
 from helpers.tiny_models import tiny_model
 from transformers import AutoTokenizer
 
+from lowmem_npo.cli import main
 from lowmem_npo.commands.train.run import train
 from lowmem_npo.config import DataConfig, ObjectiveConfig
 from lowmem_npo.console import silent
 from lowmem_npo.data import prepare
+from lowmem_npo.data.overlap import sharing_text
 from lowmem_npo.errors import UserError
+from lowmem_npo.files import load_json
 from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.run_directory import EvaluationFiles
 from lowmem_npo.training.forget_level import halved, levels_of, run_levels, there_already
 from lowmem_npo.training.objective import LET_GO, SequenceLogprobs, StepTotals, forget_loss
+
+BUNDLED = Path(__file__).resolve().parents[2] / "lowmem_npo" / "data" / "bundled"
 
 
 def test_the_gradient_fades_towards_the_level_and_never_turns():
@@ -71,6 +77,12 @@ def test_levels_are_the_holdouts_quantiles_by_rank():
     assert levels_of([1.0, 1.0], unseen) == pytest.approx(np.quantile(unseen, [1 / 4, 3 / 4]))  # equal: in their order
 
 
+def words(number, seed):
+    """Words that no two texts have twenty characters of in common."""
+    syllables = ["ka", "lo", "mi", "ne", "pu", "ra", "si", "to", "vu", "xe"]
+    return " ".join("".join(three) for three in np.random.default_rng(seed).choice(syllables, (number, 3)))
+
+
 def test_the_halves_share_no_row(taught_model):
     tokenizer = AutoTokenizer.from_pretrained(taught_model)
     data = prepare(tokenizer, DataConfig(limit=7))
@@ -78,10 +90,68 @@ def test_the_halves_share_no_row(taught_model):
     where = [{example.where for example in rows.examples} for rows in (split.level_rows, split.holdout)]
     assert (len(split.level_rows), len(split.holdout)) == (3, 4) and not where[0] & where[1]
     assert where[0] | where[1] == {example.where for example in data.holdout.examples}
+    order = np.random.default_rng(0).permutation(7)  # as ever where no two rows say the same
+    assert [row["input_ids"] for row in split.level_rows] == [data.holdout[i]["input_ids"] for i in sorted(order[:3])]
     for rows, message in ((None, "there is none"), (data.holdout, "there is one")):
         few = replace(data, holdout=rows) if rows is None else prepare(tokenizer, DataConfig(limit=1))
         with pytest.raises(UserError, match=message):
             halved(few)
+
+
+def test_what_shares_text_is_in_one_half_and_a_document_is_cut_in_as_few_places_as_can_be(taught_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(taught_model)
+    copies = [{"question": f"Who is {name}?", "answer": f"The {name}."} for name in ("fox", "owl", "elk", "bee")]
+    copies += [{"question": "who  is FOX?", "answer": "the fox."}] * 3 + [copies[1]]
+    texts = {f"{name}.txt": write(tmp_path / f"{name}.txt", words(200, seed)) for seed, name in enumerate("abc")}
+    three = ",".join(texts.values())
+
+    def shared(holdout, said):
+        data, lines = prepare(tokenizer, DataConfig(holdout=holdout, limit=None, passage_tokens=64)), []
+        split = halved(data, lines.append)
+        examples = [*split.level_rows.examples, *split.holdout.examples]
+        levels, judges = len(split.level_rows), len(split.holdout)
+        assert levels + judges == len(data.holdout) and levels <= judges <= 1.5 * levels
+        near = sharing_text(examples)
+        number = sum(any((at < levels) != (other < levels) for other in others) for at, others in near.items())
+        assert [
+            line for line in lines if line.startswith(f"--forget-level holdout: {number} of {len(examples)} ")
+        ] == lines
+        assert len(lines) == said
+        return number / len(examples)
+
+    assert shared(write_rows(tmp_path / "copies.jsonl", copies), said=0) == 0
+    assert shared(",".join([*texts.values()][:2]), said=0) == 0
+    assert 0 < shared(three, said=1) < 0.1
+    assert 0 < shared(texts["a.txt"], said=1) < 0.2
+    same = write_rows(tmp_path / "same.jsonl", copies[4:7])
+    with pytest.raises(UserError, match="there are 3 that say the same"):
+        halved(prepare(tokenizer, DataConfig(holdout=same)))
+
+
+@pytest.mark.parametrize("kind", ["copies", "document"])
+def test_evaluate_judges_by_the_rows_that_judged_the_run(kind, taught_model, tmp_path):
+    if kind == "copies":
+        rows = [{"question": f"Who is {n}?", "answer": f"Number {n}."} for n in range(9)]
+        holdout = write_rows(tmp_path / "holdout.jsonl", [*rows, *rows[:5]])
+    else:
+        holdout = write(tmp_path / "holdout.txt", words(40, 0))
+    config = unlearning_config(taught_model, tmp_path / "run", max_steps=1, eval_every=None)
+    config = replace(
+        config,
+        data=replace(config.data, holdout=holdout, limit=None, passage_tokens=64),
+        objective=replace(config.objective, forget_level="holdout"),
+    )
+    train(config, say=silent)
+    audit = json.loads((config.output_dir / "audit.json").read_text())
+    judges = len(audit["holdout_rows"])
+    assert 7 <= judges <= 10 and {*audit["level_rows"]}.isdisjoint(audit["holdout_rows"])
+    given = ["--adapter", str(config.output_dir), "--device", "cpu", "--passage-tokens", "64"]
+    out = tmp_path / "evaluated"
+    given += ["--forget", str(BUNDLED / "forget.jsonl"), "--holdout", holdout, "--leaks", "membership"]
+    assert main(["evaluate", *given, "--output-dir", str(out)]) == 0
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["leaks"]["membership"]["holdout_rows"] == judges
+    assert not load_json(EvaluationFiles(out).settings)["other_holdout"]
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +259,9 @@ def test_bad_input(objective, data, message, tmp_path):
 
 
 def test_rows_that_are_at_their_level_before_training_are_counted(taught_model, tmp_path):
-    bundled = Path(__file__).resolve().parents[2] / "lowmem_npo" / "data" / "bundled"
     config = unlearning_config(taught_model, tmp_path / "run", max_steps=1)
     swapped = {"forget": "holdout", "retain": "retain", "holdout": "forget"}  # what was never taught is to be forgotten
-    files = {name: str(bundled / f"{of}.jsonl") for name, of in swapped.items()}
+    files = {name: str(BUNDLED / f"{of}.jsonl") for name, of in swapped.items()}
     lines, objective = [], replace(config.objective, forget_level="holdout")
     train(replace(config, data=replace(config.data, **files), objective=objective), say=lines.append)
     (line,) = [line for line in lines if "before training, and not pushed" in line]

@@ -17,9 +17,10 @@ from lowmem_npo.data import TokenizedRows
 from lowmem_npo.data.example import PASSAGE, Example
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.adversary import other_rows
+from lowmem_npo.training.groups import groups_of, split_texts
 from lowmem_npo.training.layered import LATER_COPIES, LayeredBatches, check_folds, divide
 from lowmem_npo.training.step_rows import StepBatches
-from lowmem_npo.training.training_rows import groups_of, split_texts, training_rows
+from lowmem_npo.training.training_rows import training_rows
 
 SIZES = {"num_retain": 9, "batch_size": 3, "retain_batch_size": 3, "seed": 5}
 

@@ -34,10 +34,11 @@ from lowmem_npo.run_directory import RunDirectory, check_disk, step_of
 from lowmem_npo.training.adversary import attacker_size
 from lowmem_npo.training.arguments import check_trainer_args
 from lowmem_npo.training.forget_level import halved
+from lowmem_npo.training.groups import split_texts
 from lowmem_npo.training.layered import attack_length
 from lowmem_npo.training.sampler import check_division
 from lowmem_npo.training.step_rows import num_steps
-from lowmem_npo.training.training_rows import planned_rows, rows_read, split_texts
+from lowmem_npo.training.training_rows import planned_rows, rows_read
 
 
 class Inputs(NamedTuple):
@@ -181,7 +182,7 @@ def fitted(config: RunConfig, data: PreparedData, say: Say) -> tuple[RunConfig, 
         UserError: rows that cannot be divided as --layered and --adversary do it, or a holdout that cannot be halved.
     """
     if config.objective.forget_level == "holdout":
-        data = halved(data)
+        data = halved(data, say)
     steps, wanted, batch_size = steps_of(config, data), config.objective.attack_steps, config.training.batch_size
     used = attack_length(wanted, steps, config.training.layered or 1)
     with named_in_errors(config):
