@@ -48,7 +48,7 @@ class ObjectiveConfig(Checked):
     original model. Half of the holdout sets the levels, the other half is what the run is measured by."""
     sam: Positive | None = None
     """Sharpness-aware forgetting (Fan et al. 2025): take the forget gradient at the distance RHO from the weights where
-    the forget loss is worst, such as 0.05. A second pass over the forget rows in every step."""
+    the forget loss is worst, such as 0.05. A second pass over the forget rows in every step, but for the reference."""
     adversary: Positive | None = None
     """Adversarial forgetting: before each step an attacker, a LoRA of rank 16 on every linear layer, takes one step of
     length RHO, such as 1, to learn six other forget rows again, and the forget term is computed with it in place. A

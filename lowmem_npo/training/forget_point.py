@@ -56,6 +56,7 @@ class ForgetPoint:
         self.ahead = batches if self.neighbour is not None else ()
         self.lesson = None if self.passes.adversary is None else self.next_lesson()
         self._figures = {}
+        self.passes.kept.clear()
 
     def find(self, step: int, attack_began: int, totals: StepTotals) -> None:
         """Takes the adversary's step, and finds the neighbour of the weights under it, unless this has been done.
@@ -96,6 +97,7 @@ class ForgetPoint:
                 "Memory ran out beside what the processes had summed; that cannot be repeated."
             )
         self.passes.metrics.drop_step()
+        self.passes.kept.clear()
         self.passes.metrics.add(**self._figures)
         if self.lesson is not None:
             self.lesson = self.next_lesson()
@@ -106,7 +108,7 @@ class ForgetPoint:
         try:
             for rows in (part["forget"] for batch in batches for part in self.divided.divided(batch)):
                 if rows:
-                    part = self.passes.forget(rows.to(self.device), totals)
+                    part = self.passes.forget(rows.to(self.device), totals, again=True)
                     self.accelerator.backward(part)
                     del part
         finally:

@@ -56,16 +56,25 @@ class Passes:
         self.lock_step = None if weight_stream(model) is None else LockStep.where_it_fits(model, self.prefix)
         self.num_retain = num_retain
         self.metrics = StepMetrics(objective, holds=num_retain is not None)
+        self.kept: dict[
+            tuple[int, ...], Tensor | None
+        ] = {}  # rows to forget -> their reference, for the step's next pass
         self.levels: Tensor | None = None  # (rows,) nats per token up to which each forget row is pushed
 
-    def forget(self, batch: RowBatch, totals: StepTotals) -> Tensor:
-        reference_of = partial(self.reference.forget, batch)
+    def forget(self, batch: RowBatch, totals: StepTotals, *, again: bool = False) -> Tensor:
+        """again: whether these rows go through the model once more in this step, which then does without a pass of the
+        reference."""
+        is_kept = batch.rows in self.kept
+        reference_of = partial(self.kept.pop, batch.rows) if is_kept else partial(self.reference.forget, batch)
         if self.adversary is None:
-            answers, reference = self._run(batch, reference_of, self.reference.runs(forget=batch.rows))
+            is_live = not is_kept and self.reference.runs(forget=batch.rows)
+            answers, reference = self._run(batch, reference_of, is_live)
         else:  # which is in the layers, too
             with self.adversary.away():
                 reference = reference_of()
             answers = answer_hidden(self.model, batch)
+        if again:
+            self.kept[batch.rows] = reference
         return self._forget_loss(answers, batch.rows, reference, totals)
 
     def retain(self, batch: RowBatch, totals: StepTotals) -> Tensor:

@@ -7,7 +7,8 @@ forget loss alone as Fan et al. 2025 have it, "Towards LLM Unlearning Resilient 
 Minimization Perspective". Forgetting that holds in all of a neighbourhood is undone less easily by a few steps of
 fine-tuning.
 
-It costs a second forward and backward pass of the forget rows, and two copies of the adapter's weights.
+It costs a second forward and backward pass of the forget rows, of which the reference runs once, and two copies of the
+adapter's weights.
 """
 
 from __future__ import annotations

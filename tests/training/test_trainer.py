@@ -11,7 +11,9 @@ from helpers.tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_npo.config import AdapterConfig
 from lowmem_npo.memory.checkpointing import enable_checkpointing
+from lowmem_npo.model import attach_lora
 
 OBJECTIVES = {
     "default": {},
@@ -95,6 +97,33 @@ def test_the_forget_gradient_of_sam_is_the_neighbours(split, rows, tmp_path):
     logged = trainer.state.log_history[0]  # the pass that finds the neighbour does not count
     assert logged["forget_loss"] == pytest.approx(loss_there, rel=1e-4)
     assert logged["loss"] == pytest.approx(loss - loss_here + loss_there, rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalization": "token"}, {"adversary": 0.5}, {"forget_term": "ga"},
+                                      {"lora_layers": ("1",)}], ids=str)  # fmt: skip
+def test_sam_runs_the_reference_once_and_has_the_gradients_of_one_that_runs_twice(settings, tmp_path):
+    """In two steps of two micro-batches; the layers below the adapters, where there are any, are run all the same."""
+    forget, retain = random_rows(8, seed=1), random_rows(8, seed=2)
+    settings = {"sam": 0.05, "max_steps": 2, "gradient_accumulation_steps": 2, **settings}
+    adapter = AdapterConfig(lora_r=3, lora_layers=settings.pop("lora_layers", ()))
+
+    class Forgetful(dict):
+        def __setitem__(self, rows, reference):
+            pass
+
+    def run(folder, kept):
+        model = attach_lora(tiny_model("olmo"), adapter)
+        trainer = make_trainer(model, tmp_path / folder, forget, retain, per_device_train_batch_size=2, **settings)
+        assert len(trainer.passes.prefix.modules) == (2 if adapter.lora_layers else 1)
+        trainer.passes.kept, passes, logprobs = kept, [], trainer.passes.reference.answer_logprobs
+        trainer.passes.reference.answer_logprobs = lambda batch: passes.append(batch) or logprobs(batch)
+        trainer.train()
+        assert not trainer.passes.kept
+        return len(passes), {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    (once, own), (twice, expected) = run("once", {}), run("twice", Forgetful())
+    assert (once, twice) == ((0, 0) if "forget_term" in settings else (4, 8))
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
