@@ -158,7 +158,7 @@ class Attack(NamedTuple):
         if self.least_p is None:  # the level is another's
             return None
         said = [self.level if self.figure == STRENGTH else None, self.whole.level if self.whole is not None else None]
-        return max((share for share in said if share is not None and share > KNOWN), default=None)
+        return known_of([share for share in said if share is not None])
 
     @property
     def no_yardstick(self) -> str:
@@ -213,10 +213,21 @@ class Attack(NamedTuple):
             return ""
         if self.holdout_known is None:
             return f"The holdout's figure is one {self.no_yardstick}, so nothing is shown."
-        return (
-            f"The model says much of the holdout, too, {shares(self.holdout_known)[0]} word for word, so it cannot be "
-            "one of rows that it never saw, and nothing is shown."
-        )
+        return known_remark(self.holdout_known)
+
+
+def known_of(said: Sequence[float]) -> float | None:
+    """The largest of these shares of the holdout that were said word for word, where that is too much for rows that the
+    model never saw."""
+    return max((share for share in said if share > KNOWN), default=None)
+
+
+def known_remark(share: float) -> str:
+    """Why nothing is shown beside a holdout of which that share was said word for word."""
+    return (
+        f"The model says much of the holdout, too, {shares(share)[0]} word for word, so it cannot be one of rows that "
+        "it never saw, and nothing is shown."
+    )
 
 
 def _beyond(value: float, level: float, margin: float, p: float | None) -> bool | None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.chance import of_several
 from lowmem_npo.evaluation.figures import shares, side_by_side
-from lowmem_npo.evaluation.leaks.attack import MARGIN
+from lowmem_npo.evaluation.leaks.attack import MARGIN, known_of, known_remark
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
@@ -84,12 +84,15 @@ class Membership(LeakTest[MembershipOptions]):
     def run(self, subject: Subject, options: MembershipOptions) -> LeakResult:
         tokenizer = subject.scorer.tokenizer
         sizes = {name: [compressed(row, tokenizer) for row in rows] for name, rows in subject.sets.items()}
-        measured = {name: scored(rows, sizes[name]) for name, rows in subject.token_scores().items()}
+        scores = subject.token_scores()
+        measured = {name: scored(rows, sizes[name]) for name, rows in scores.items()}
         if (before := original_scores(subject)) is not None:
             recited = extraction_figures(before)["extraction_strength"]
             result = judge_against_before(measured["forget"], scored(before, sizes["forget"]), recited)
         else:
-            result = judge(measured["forget"], measured["holdout"])
+            of_holdout = extraction_figures(scores["holdout"])
+            known = known_of([of_holdout["extraction_strength"], of_holdout["recited"]])
+            result = judge(measured["forget"], measured["holdout"], known)
         result.rows = {
             name: [dict(zip(of, values, strict=True)) for values in zip(*of.values(), strict=True)]
             for name, of in measured.items()
@@ -106,10 +109,13 @@ def scored(rows: Sequence[TokenScores], sizes: Sequence[int]) -> dict[str, list[
     return values | {ZLIB: [loss(row) / size for row, size in zip(rows, sizes, strict=True)]}
 
 
-def judge(forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[float]]) -> LeakResult:
+def judge(
+    forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[float]], known: float | None = None
+) -> LeakResult:
     """The AUC of every score, with the p-value of the Mann-Whitney test that it is 0.5.
 
-    forget, holdout: of `scored`.
+    forget, holdout: of `scored`. known: `known_of` the holdout; to be no likelier than what the model knows by heart
+    is no sign of having been forgotten.
     """
     from scipy.stats import mannwhitneyu
 
@@ -127,7 +133,11 @@ def judge(forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[
     little = tells_nothing(rows, unseen_rows, len(forget))
     leaks, words = _verdict(value, p, least_p, little, all_equal=all(figures[f"{name}_all_equal"] for name in forget))
     (shown,) = side_by_side([value], decimals=2)
-    return LeakResult(figures, f"The sharpest of four scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
+    result = LeakResult(figures, f"The sharpest of four scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
+    if leaks is False and known is not None:
+        result.leaks = None
+        result.add(known_remark(known))
+    return result
 
 
 def judge_against_before(

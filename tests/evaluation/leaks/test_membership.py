@@ -90,3 +90,12 @@ def test_long_answers_are_unlikely_by_their_length_alone():
     assert result.figures["loss_auc"] == pytest.approx(0.5) and result.figures["zlib_auc"] == 1
     assert result.leaks is True and "sharpest of four scores (zlib)" in result.meaning
     assert scored([row(-3.0, -1.0)], [8])["zlib"] == [-2 / 8]
+
+
+def test_beside_answers_that_the_model_knows_no_traces_are_none_that_could_be_seen():
+    like, known = of_like_texts(spread(-1, 25)), 0.9
+    assert judge(like, like).leaks is False
+    result = judge(like, like, known)
+    assert result.leaks is None and result.meaning.endswith("so it cannot be one of rows that it never saw, and "
+                                                            "nothing is shown.")  # fmt: skip
+    assert judge(of_like_texts(spread(-1, 25)), of_like_texts(spread(-5, 25)), known).leaks is True, "still found"

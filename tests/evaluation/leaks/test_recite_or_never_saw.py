@@ -59,6 +59,22 @@ def test_membership(demo):
     assert results["base"].leaks is True and results["gold"].leaks is not True
 
 
+def test_membership_beside_a_holdout_that_the_model_recites(demo):
+    """Answers that it knows as well tell nothing of those that it was to forget; of a model that never saw any, they
+    do."""
+    folder, tokenizer, forget, _ = demo
+    rows, results = [*forget] * 3, {}
+    for name in ("base", "gold"):
+        model = load(folder, name)
+        tests = ("extraction", "membership")
+        results[name] = measure_leaks(model, tokenizer, rows, holdout_rows=rows, tests=tests, progress=False)
+    assert all(abs(of["membership"].figures["loss_auc"] - 0.5) < 0.05 for of in results.values())
+    assert results["gold"]["membership"].leaks is False
+    for result in results["base"].values():
+        assert result.leaks is None
+        assert "The model says much of the holdout, too, 100% word for word, so it cannot be one" in result.meaning
+
+
 def test_what_was_not_asked_for_is_not_there(demo):
     folder, tokenizer, forget, holdout = demo
     model = load(folder, "gold")
