@@ -70,7 +70,8 @@ class Attack(NamedTuple):
     """What one attack of a test brought back: the share of an answer, or of the answers, between 0 and 1, by the figure
     of this title; level: the same on the holdout, if there is one. p: how often chance alone would set the two so far
     apart, in as many attacks as were made; least_p: the lowest that it could be with so few rows. None without a level.
-    others: what it brought back by other figures. whole: the share of answers that came whole, where that is known."""
+    others: what it brought back by other figures. whole: the share of answers that came whole, where that is known.
+    rows: how many forget rows it asked for, where that is known."""
 
     figure: str
     value: float
@@ -79,6 +80,7 @@ class Attack(NamedTuple):
     others: Mapping[str, float] = MappingProxyType({})
     least_p: float | None = None
     whole: Whole | None = None
+    rows: int | None = None
 
     @classmethod
     def in_figures(
@@ -94,7 +96,7 @@ class Attack(NamedTuple):
         if (value := at(figures, name)) is None:
             return None
         level, p, least = (at(figures, key) for key in (HOLDOUT + name, P_VALUE, LEAST_P))
-        return cls(title, value, level, p, others, least, whole_in(figures, whole))
+        return cls(title, value, level, p, others, least, whole_in(figures, whole), _rows_in(figures))
 
     def by(self, figure: str) -> float | None:
         """What it brought back by that figure; None where it was not measured."""
@@ -239,8 +241,13 @@ def whole_in(figures: Mapping[str, Any], name: str) -> Whole | None:
     """The share of answers that came whole, which a result holds under that name; None where it was not measured."""
     if (value := at(figures, name)) is None:
         return None
-    rows, p = at(figures, "rows"), at(figures, WHOLE_P)
-    return Whole(value, None if rows is None else int(rows), None if p is None else at(figures, HOLDOUT + name), p)
+    p = at(figures, WHOLE_P)
+    return Whole(value, _rows_in(figures), None if p is None else at(figures, HOLDOUT + name), p)
+
+
+def _rows_in(figures: Mapping[str, Any]) -> int | None:
+    rows = at(figures, "rows")
+    return None if rows is None else int(rows)
 
 
 def p_values(rows: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> dict[str, float]:

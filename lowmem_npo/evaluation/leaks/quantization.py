@@ -318,9 +318,9 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
     figures = {}
     for way, attack in attacks.items():
         (key, whole), own = KEYS[attack.figure], attack.whole
-        known = {key: attack.value, HOLDOUT + key: attack.level}
+        known = {"rows": attack.rows, key: attack.value, HOLDOUT + key: attack.level}
         if own is not None:
-            known |= {"rows": own.rows, whole: own.value, HOLDOUT + whole: own.level}
+            known |= {whole: own.value, HOLDOUT + whole: own.level}
         known |= attack.p_values
         figures[attack_name(test.name, way)] = {name: value for name, value in known.items() if value is not None}
     return figures

@@ -89,7 +89,7 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
         return said
     if (whole := whole_in(figures, "whole")) is None:
         return None
-    return Attack(WHOLE, whole.value, None, others=_by_figure(figures), whole=whole)
+    return Attack(WHOLE, whole.value, None, others=_by_figure(figures), whole=whole, rows=whole.rows)
 
 
 def recall_of(figures: Mapping[str, Any]) -> Attack | None:

@@ -142,7 +142,8 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
         level = same.by(attack.figure) if same is not None else None
         tried = attack
         if same is not None and level is not None:
-            tried = _beside_gold(attack, same, _rows(results[test], name), tries[test])
+            rows = attack.rows or at(results[test].figures, "rows")  # of an older version: as its test asks at most
+            tried = _beside_gold(attack, same, rows, tries[test])
         judged = (tried.p, tried.least_p, tried.whole)
         one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, *judged)
         made[one] = one.tried
@@ -166,11 +167,6 @@ def _beside_gold(attack: Attack, gold: Attack, rows: float | None, tries: int) -
         above = round((attack.value - level) * rows) if attack.figure == WHOLE else rows
         p = of_several(0.5 ** max(0, above), tries)
     return Attack(attack.figure, attack.value, level, p, whole=whole)
-
-
-def _rows(result: LeakResult, attack: str) -> float | None:
-    """How many forget rows an attack asked for, or its test at most; None where neither is known."""
-    return at(result.figures, attack, "rows") or at(result.figures, "rows")
 
 
 def not_beside_gold(results: LeakResults, gold: LeakResults) -> list[str]:

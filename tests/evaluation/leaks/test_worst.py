@@ -136,6 +136,17 @@ def test_the_more_attacks_a_test_makes_the_more_rows_it_takes_beside_a_gold_mode
     assert worst_attack(results(relearning=one), results(relearning=gold)).stands_out is True
 
 
+def test_an_attack_on_a_stored_form_is_judged_by_the_rows_that_it_asked_for():
+    """Four, which are too few beside a gold model; all eight forget rows would not be."""
+    attack = {**written(0.9, 0.1), "rows": 4, "p_value": 0.001, "least_p_value": 0.0001}
+    gold = results(relearning={"20 steps": written(0.1)})
+    own = results(relearning={**attack, "20 steps": attack})
+    stored = results(quantization={**written(0.1, 0.1), "rows": 8, "merged": {"relearning: 20 steps": attack}})
+    for attacked in (own, stored):
+        worst = worst_attack(attacked, gold)
+        assert worst.p == 0.5**4 and worst.stands_out is None and worst.by_chance, worst.name
+
+
 def test_answers_that_come_whole_stand_out_though_the_mean_hides_them():
     """Beside the holdout's, and beside a gold model's of as many rows."""
     tenth = {**written(0.12), "rows": 100, "recited": 0.1}
