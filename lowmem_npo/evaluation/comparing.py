@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from lowmem_npo.evaluation.benchmarks.registry import BenchmarkOptions
-from lowmem_npo.evaluation.directory import OTHER_HOLDOUT, OTHERS, THE_TOKENIZER, has_changed, settings_of
+from lowmem_npo.evaluation.directory import OTHER_HOLDOUT, OTHERS, THE_JUDGES, THE_TOKENIZER, has_changed, settings_of
 from lowmem_npo.evaluation.leaks.contract import LeakTest
 from lowmem_npo.evaluation.leaks.measure import repeated
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS, LeakOptions
@@ -106,7 +106,13 @@ def check_same_sets(files: EvaluationFiles, digests: Mapping[str, str]) -> None:
 
 
 def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
-    return [part for part in _sets(digests) if changed(part, earlier, digests)]
+    measured = _measured(digests)
+    return [part for part in _sets(digests) if changed(part, {"digests": _measured(earlier["digests"])}, measured)]
+
+
+def _measured(digests: Mapping[str, str]) -> dict[str, str]:
+    """The same, of the holdout that of the rows that leak tests measured."""
+    return {**digests, **({"holdout": digests[THE_JUDGES]} if THE_JUDGES in digests else {})}
 
 
 def _sets(digests: Mapping[str, str]) -> list[str]:

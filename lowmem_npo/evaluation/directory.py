@@ -24,10 +24,12 @@ from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
 # Among the digests of settings.json, beside the sets. Of the base there are its weights alone, wherever they lie, and
-# its architecture and size in words.
+# its architecture and size in words; of the holdout also the rows that leak tests measure, where some of it set the
+# levels of the run (--forget-level).
 THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE = "the model", "the tokenizer", "the adapter", "the base"
 THE_SIZE = "the architecture and size"
-OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE, THE_SIZE
+THE_JUDGES = "the part of the holdout that is measured"
+OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE, THE_SIZE, THE_JUDGES
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
 # In settings.json beside the options: whether the forget rows, and the holdout of leak tests, were others than those of

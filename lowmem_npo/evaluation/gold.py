@@ -25,8 +25,8 @@ from lowmem_npo.run_directory import EvaluationFiles
 @dataclass(frozen=True)
 class Gold:
     """log: its evaluation.json, None where nothing in it can be compared. leaks: what its leak tests gave. min_k: its
-    mia_min_k. same_rows: the sets whose rows, and the way in which they are asked for, were the same ones;
-    empty where that is not known. notes: what is not compared, and why."""
+    mia_min_k. same_rows: the sets whose rows, and the way in which they are asked for, were the same ones, though not
+    all of them need have been measured; empty where that is not known. notes: what is not compared, and why."""
 
     log: str | None = None
     leaks: LeakResults = field(default_factory=dict)
@@ -60,8 +60,8 @@ class Gold:
             if another and test.name in leaks:
                 del leaks[test.name]
                 notes.append(f"{test.name}: not compared with --retained-log, which had another {', '.join(another)}.")
-        same = frozenset(earlier["digests"]) & frozenset(settings.get("digests", {})) - frozenset(others)
-        return cls(log, leaks, min_k, same, tuple(notes))
+        same = earlier["digests"].items() & settings.get("digests", {}).items()
+        return cls(log, leaks, min_k, frozenset(name for name, _ in same), tuple(notes))
 
     def losses(self) -> dict[str, dict[int, float]]:
         """Of the sets with the same rows: set -> row -> mean NLL per answer token, as rows.jsonl beside the file has

@@ -20,6 +20,7 @@ from lowmem_npo.console import silent
 from lowmem_npo.evaluation.comparing import other_options
 from lowmem_npo.evaluation.gold import Gold
 from lowmem_npo.evaluation.leaks.registry import NAMES, leak_tests
+from lowmem_npo.evaluation.open_unlearning import privleak
 from lowmem_npo.evaluation.scoring import scorer as measuring
 from lowmem_npo.evaluation.settings import EvaluationConfig
 
@@ -277,6 +278,51 @@ def test_a_gold_model_that_was_evaluated_without_a_holdout_is_compared_on_what_b
     assert evaluate(byte_model, files, *longer, out="longer") == 0
     assert result(files, "longer")["worst_attack"]["gold"] is None
     assert "has no figure of the model that never saw the rows" in "\n".join(result(files, "longer")["notes"])
+
+
+def test_figures_of_a_holdout_of_which_a_part_set_levels_are_compared_with_those_of_that_part(
+    byte_model, files, capsys
+):
+    """Of the model before, and of a gold one, the whole holdout was measured, of the adapter what did not set its
+    levels: though all name the same file."""
+    rows, tests = [str(files / "forget.jsonl"), "--holdout"], ["--leaks", "membership"]
+    unseen = [*HOLDOUT, *({"question": f"Who is {n}?", "answer": f"The {n} of {n * 2}."} for n in range(10, 16))]
+    write_rows(files / "holdout.jsonl", unseen)
+    training = ["--forget-level", "holdout", "--max-steps", "1", "--eval-rows", "0", "--leaks", "none"]
+    training += ["--retain", str(write_rows(files / "retain.jsonl", FORGET[:1])), "--allow-overlap"]
+    run = ["--forget", *rows, str(files / "holdout.jsonl"), *training, "--output-dir", str(files / "run")]
+    assert main(["train", "--model", str(byte_model), "--device", "cpu", "--dtype", "float32", *run]) == 0
+    assert evaluate(byte_model, files, *tests, out="all") == 0
+
+    def of_adapter(earlier):
+        log = str(files / earlier / "evaluation.json")
+        more = [*tests, "--adapter", str(files / "run"), "--before", log, "--retained-log", log]
+        assert evaluate(byte_model, files, *more, out=f"beside-{earlier}") == 0
+        printed, found = capsys.readouterr().out, result(files, f"beside-{earlier}")
+        min_k = found["open_unlearning"]["mia_min_k"]
+        found["beside"] = next(  # what privleak is compared with
+            level
+            for level in (result(files, earlier)["open_unlearning"]["mia_min_k"], 0.5)
+            if found["open_unlearning"]["privleak"] == pytest.approx(privleak(min_k, level))
+        )
+        return found, printed
+
+    beside_all, printed = of_adapter("all")
+    measured = map(json.loads, (files / "beside-all" / "rows.jsonl").read_text().splitlines())
+    judged = [row["row"] for row in measured if row["set"] == "holdout"]
+    assert 0 < len(judged) < len(unseen) == result(files, "all")["leaks"]["membership"]["holdout_rows"]
+    assert result(files, "all")["open_unlearning"]["mia_min_k"] != 0.5, "else the two cannot be told apart"
+    assert any("other holdout rows" in note for note in beside_all["notes"])
+    assert "privleak is compared with 0.5: the evaluation of --retained-log had another holdout." in beside_all["notes"]
+    assert beside_all["beside"] == 0.5 and "(before:" not in printed
+    assert "mia_reference" in beside_all["open_unlearning"], "which goes row by row"
+    shutil.copy(files / "holdout.jsonl", files / "whole.jsonl")
+    write_rows(files / "holdout.jsonl", [unseen[place] for place in judged])
+    assert evaluate(byte_model, files, *tests, out="part") == 0
+    shutil.move(files / "whole.jsonl", files / "holdout.jsonl")
+    beside_part, printed = of_adapter("part")
+    assert not any(f"{word} holdout" in note for note in beside_part["notes"] for word in ("other", "another"))
+    assert beside_part["beside"] == result(files, "part")["open_unlearning"]["mia_min_k"] and "(before:" in printed
 
 
 def test_a_model_of_another_tokenizer_is_compared_with_nothing(byte_model, files):

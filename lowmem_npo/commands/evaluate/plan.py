@@ -26,6 +26,7 @@ from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
 from lowmem_npo.evaluation.directory import (
     THE_ADAPTER,
     THE_BASE,
+    THE_JUDGES,
     THE_MODEL,
     THE_SIZE,
     THE_TOKENIZER,
@@ -346,12 +347,17 @@ def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows], exa
 def _digests(
     config: EvaluationConfig, sources: Mapping[str, Rows], model: ModelConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """A hash of each set, with what is read beside it, of how the tokenizer splits texts and writes conversations, of
-    the base model's files, and of the adapter."""
+    """A hash of each set, with what is read beside it, of the holdout rows that did not set the levels of the run, of
+    how the tokenizer splits texts and writes conversations, of the base model's files, and of the adapter."""
     digests = {}
     for part, rows in sources.items():
         beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
         digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
+    if config.leaks and config.adapter and "holdout" in sources:
+        rows = sources["holdout"]
+        places = judging(run_of_adapter(config.adapter).path, to_examples(rows, **config.columns_of("holdout", rows)))
+        if len(places) < len(rows.rows):
+            digests[THE_JUDGES] = json_sha256([rows.rows[place] for place in places])
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     digests[THE_TOKENIZER] = json_sha256([ids, tokenizer.chat_template])
     digests[THE_MODEL] = digest_of(str(model.model), model.revision)
