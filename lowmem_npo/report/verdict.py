@@ -142,7 +142,7 @@ def judge_run(
         sentences.append(PASSAGES_WORDS)
     sentences += [_figures(name, before, after, gold) + by for name, (*_, by) in kept.items()]
     if retain is None and RETAIN in after:
-        now = _in_words(f"says {said_count(after[RETAIN])} of {after[RETAIN].rows} retain answers", after[RETAIN])
+        now = _in_words(f"says {_of_answers(RETAIN, after[RETAIN])}", after[RETAIN])
         sentences.append(f"The model {now}; what it said before was measured on other rows.")
     if GENERAL in kept:
         sentences.append("No rows to keep were named: what is protected beyond general questions is not known.")
@@ -212,7 +212,7 @@ def judge_evaluation(
 def _says(part: str, now: Mapping[str, AnswerSummary]) -> str:
     """How many answers of a set the model says; beside them, those in the form in which it says most."""
     most = max((name for name in now if part_of(name) == part), key=lambda name: (now[name].appears, name == part))
-    words = _in_words(f"says {said_count(now[part])} of {now[part].rows} {part} answers", now[part])
+    words = _in_words(f"says {_of_answers(part, now[part])}", now[part])
     return words + (f" ({said_count(now[most])} of {now[most].rows} asked {form_words(most)})" if most != part else "")
 
 
@@ -319,6 +319,11 @@ def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
         start = f"Of {share} {part} answer{s}, "
     else:
         start = f"Asked {form_words(name)}, of {now.rows} answer{'s' if now.rows > 1 else ''} "
+    if now.cut:
+        longer = (
+            "their beginnings alone, since they are longer" if now.cut == now.rows else f"{now.cut} by their beginnings"
+        )
+        start = f"{start.rstrip(', ')} ({longer}), "
     nll_was, nll_now = side_by_side([was.nll, now.nll], decimals=2)
     return (
         f"{start}{_counts(was, now, gold.get(name) if part == FORGET else None)}; the NLL per answer token went from "
@@ -366,6 +371,14 @@ def _tone(forget: str, retain: str | None, flawed: bool) -> str:
     if forget in ("untouched", "as much") or retain == "damaged":
         return "bad"
     return "good" if forget == "forgotten" and retain in KEPT_STATES and not flawed else "mixed"
+
+
+def _of_answers(part: str, summary: AnswerSummary) -> str:
+    """How many answers the model says, of how many; of answers that are longer than it could write, the beginnings."""
+    said, of = said_count(summary), summary.rows
+    if summary.cut == of:
+        return f"the beginnings of {said} of {of} longer {part} answers"
+    return f"{said} of {of} {part} answers" + (f" (of {summary.cut} longer ones the beginning)" if summary.cut else "")
 
 
 def said_count(summary: AnswerSummary) -> int:

@@ -353,6 +353,13 @@ def test_an_evaluation_has_a_headline_of_its_own():
     for other in ({"rows": 50}, {"tokens": 999}, {"max_new_tokens": 16}):  # not comparable, so not compared
         earlier = {"forget": replace(RECITED, **other), "retain": RECITED}
         assert "the model says 3 of 100 forget answers" in judge_evaluation(now, earlier, 50304, {}).headline
+    cut = replace(now["forget"], cut=100)  # only their beginnings were looked for
+    alone = judge_evaluation({"forget": cut}, {}, 50304, {}).headline
+    assert "the model says the beginnings of 3 of 100 longer forget answers." in alone
+    some = judge_evaluation({"forget": replace(cut, cut=40)}, {}, 50304, {}).headline
+    assert "the model says 3 of 100 forget answers (of 40 longer ones the beginning)." in some
+    (of_forget, *_) = judge_run({"before": {"forget": RECITED}, "after": {"forget": cut}}, 50304, {}).sentences
+    assert of_forget.startswith("Of 100 forget answers (their beginnings alone, since they are longer), 3 appear in")
     # As many rows and tokens, and other rows all the same: known by their digests.
     others = judge_evaluation(now, before, 50304, {}, incomparable=["forget"])
     assert "the model says 3 of 100 forget answers" in others.headline and "on other rows" in others.sentences[0]

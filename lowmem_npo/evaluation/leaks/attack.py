@@ -30,18 +30,23 @@ HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the hold
 # few rows, and how often chance alone would have so many more answers come whole.
 P_VALUE, LEAST_P, WHOLE_P = "p_value", "least_p_value", "whole_p_value"
 P_VALUES = (P_VALUE, LEAST_P, WHOLE_P)
+# How many rows have an answer of which only the beginning was looked for, and of how many the whole answers are a share
+# where that is not all. Where it is all in spite of some that are cut, beginnings count as whole.
+CUT, WHOLE_ROWS = "cut", "whole_rows"
 
 
 @dataclass(frozen=True)
 class Whole:
     """Of so many `rows`, the share whose answer an attack brought back whole; level: the same on the holdout, or of a
     model that never saw the rows. p: how often chance alone would have so many more of them, in as many attacks as were
-    made. None where it is not known."""
+    made. None where it is not known. beginnings: how many answers are longer than was looked for, where all of a set
+    are, so that their beginnings count."""
 
     value: float
     rows: int | None = None
     level: float | None = None
     p: float | None = None
+    beginnings: int = 0
 
     @property
     def stands_out(self) -> bool | None:
@@ -49,8 +54,10 @@ class Whole:
         return False if self.level is None else _beyond(self.value, self.level, WHOLE_MARGIN, self.p)
 
     def beside(self, other: Whole, tries: int) -> Whole:
-        """The same, beside another model's, in the worst of so many attacks; of unknown rows chance may do anything."""
-        p = None if self.rows is None or other.rows is None else of_several(p_more(self.each, other.each), tries)
+        """The same, beside another model's, in the worst of so many attacks; of unknown rows chance may do anything,
+        and beginnings are not beside whole answers."""
+        unlike = None in (self.rows, other.rows) or self.beginnings != other.beginnings
+        p = None if unlike else of_several(p_more(self.each, other.each), tries)
         return replace(self, level=None if p is None else other.value, p=p)
 
     @property
@@ -63,7 +70,8 @@ class Whole:
         """What came whole, beside the level. beside: of what that is."""
         assert self.level is not None and self.p is not None
         own, level = shares(self.value, self.level)
-        return f"{own} of the answers come whole, {beside} {level} (p = {self.p:.2g})"
+        answers = "beginnings of longer answers" if self.beginnings else "answers"
+        return f"{own} of the {answers} come whole, {beside} {level} (p = {self.p:.2g})"
 
 
 class Attack(NamedTuple):
@@ -96,7 +104,7 @@ class Attack(NamedTuple):
         if (value := at(figures, name)) is None:
             return None
         level, p, least = (at(figures, key) for key in (HOLDOUT + name, P_VALUE, LEAST_P))
-        return cls(title, value, level, p, others, least, whole_in(figures, whole), _rows_in(figures))
+        return cls(title, value, level, p, others, least, whole_in(figures, whole), rows_in(figures))
 
     def by(self, figure: str) -> float | None:
         """What it brought back by that figure; None where it was not measured."""
@@ -163,10 +171,15 @@ class Attack(NamedTuple):
         return known_of([share for share in said if share is not None])
 
     @property
+    def _begun(self) -> bool:
+        """Whether what came whole are beginnings of answers."""
+        return self.whole is not None and self.whole.beginnings > 0
+
+    @property
     def no_yardstick(self) -> str:
         """Why what does not stand out from the holdout may have stayed all the same, for a sentence; "" where not."""
         if self.holdout_known is not None:
-            return "which is too much for answers that it never saw"
+            return "whose beginnings come whole" if self._begun else "which is too much for answers that it never saw"
         if self.least_p is not None and self.level is not None and self.level + MARGIN >= 1:
             return f"which nothing can be more than {MARGIN} above"
         return ""
@@ -215,6 +228,11 @@ class Attack(NamedTuple):
             return ""
         if self.holdout_known is None:
             return f"The holdout's figure is one {self.no_yardstick}, so nothing is shown."
+        if self._begun:
+            share = shares(self.holdout_known)[0]
+            return (
+                f"Of the holdout {share} of such beginnings come whole, too, so they tell little, and nothing is shown."
+            )
         return known_remark(self.holdout_known)
 
 
@@ -242,18 +260,30 @@ def whole_in(figures: Mapping[str, Any], name: str) -> Whole | None:
     if (value := at(figures, name)) is None:
         return None
     p = at(figures, WHOLE_P)
-    return Whole(value, _rows_in(figures), None if p is None else at(figures, HOLDOUT + name), p)
+    level = None if p is None else at(figures, HOLDOUT + name)
+    beginnings = at(figures, CUT) or at(figures, HOLDOUT + CUT) or 0
+    if of_whole := any(at(figures, set_ + WHOLE_ROWS) is not None for set_ in ("", HOLDOUT)):
+        beginnings = 0
+    rows = at(figures, WHOLE_ROWS) if of_whole else None
+    return Whole(value, rows_in(figures) if rows is None else int(rows), level, p, int(beginnings))
 
 
-def _rows_in(figures: Mapping[str, Any]) -> int | None:
+def rows_in(figures: Mapping[str, Any]) -> int | None:
+    """How many forget rows a result is of, where that is known."""
     rows = at(figures, "rows")
     return None if rows is None else int(rows)
 
 
-def p_values(rows: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> dict[str, float]:
+def p_values(
+    rows: Sequence[tuple[float, float]],
+    others: Sequence[tuple[float, float]],
+    whole: Sequence[Sequence[float]] | None = None,
+) -> dict[str, float]:
     """Of a figure of each forget row, and of each holdout row; beside it whether its answer came whole, 1 or 0, or what
-    is to be expected of that."""
+    is to be expected of that. whole: the latter of both sets, where it does not count of every row."""
     (values, wholes), (beside, wholes_beside) = (zip(*of, strict=True) for of in (rows, others))
+    if whole is not None:
+        wholes, wholes_beside = map(tuple, whole)
     return {
         P_VALUE: p_above(values, beside),
         LEAST_P: least_p(len(values), len(beside)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, c
 from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, Attack
+from lowmem_npo.evaluation.leaks.attack import CUT, HOLDOUT, P_VALUES, WHOLE_ROWS, Attack
 from lowmem_npo.evaluation.options import Options, check_declared
 from lowmem_npo.ranges import shown
 from lowmem_npo.records import check_record, check_value
@@ -295,7 +295,7 @@ class LeakTest(ABC, Generic[OptionsT]):
     """The figure that pictures show."""
     counts: ClassVar[tuple[str, ...]] = ("rows", "holdout_rows")
     """Figures that say how much was measured; the report shows them in the heading."""
-    unlisted: ClassVar[tuple[str, ...]] = P_VALUES
+    unlisted: ClassVar[tuple[str, ...]] = (*P_VALUES, CUT, WHOLE_ROWS)
     """Figures that only the result files hold."""
     after_only: ClassVar[bool] = False
     """Whether it makes no sense on a model that has forgotten nothing yet."""

@@ -15,8 +15,7 @@ from math import comb, prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.attack import HOLDOUT, Attack, furthest, of_tries, p_values
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT, Attack, furthest, of_tries
 from lowmem_npo.evaluation.leaks.contract import (
     NO_HOLDOUT,
     UNKNOWN,
@@ -25,11 +24,20 @@ from lowmem_npo.evaluation.leaks.contract import (
     Meaning,
     Need,
     Subject,
-    as_holdout,
     beside_holdout,
     groups_in,
 )
-from lowmem_npo.evaluation.leaks.sampling import BEST, Best, attack_of, best_samples, recall_of
+from lowmem_npo.evaluation.leaks.sampling import (
+    BEST,
+    Best,
+    answer_words,
+    attack_of,
+    best_samples,
+    cut_words,
+    recall_of,
+    said_figures,
+    whole_words,
+)
 from lowmem_npo.evaluation.options import Options
 
 if TYPE_CHECKING:
@@ -122,8 +130,8 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
     own, beside = beside_holdout(said[worst].value, said[worst].level, before, unknown)
     way = f"the worst of {len(ways)} ways" if len(ways) > 1 else "the one way there is"
     meaning = (
-        f"Asked in {way} ({worst}), what the model says holds {own} of a forgotten answer; "
-        f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
+        f"Asked in {way} ({worst}), what the model says holds {own} of {answer_words(figures)}; "
+        f"{whole_words(figures, max_new_tokens)}; {beside}.{cut_words(figures, max_new_tokens)}"
         f"{_rows_compared(answers, tried[worst], figures)}"
     )
     if len(tried) > len(by_way):
@@ -148,28 +156,22 @@ def compared(answers: Answers, ways: Sequence[str]) -> dict[str, float]:
     if all(asked.values()) and "holdout" in asked:
         times = [min(map(len, of_way)) for of_way in zip(*chain(*asked.values()), strict=True)]
         own, others = (_expected(asked[name], times) for name in ("forget", "holdout"))
-        return {**_figures(own), **as_holdout(_figures(others)), **p_values(own, others)}
+        return said_figures(own, others)
     if "holdout" in asked and len(ways) > 1:
         return {}
     forget = zip(*(answers["forget"][way] for way in ways), strict=True)
-    return _figures(_expected([row for row in forget if any(row)]))
+    return said_figures(_expected([row for row in forget if any(row)]))
 
 
-def _expected(
-    rows: Sequence[Sequence[Sequence[Best]]], times: Sequence[int] | None = None
-) -> list[tuple[float, float]]:
-    """The recall of each row's best answer, and whether it is whole. rows: the answers to each, in each way. times: how
-    many in each way count; None: all."""
+def _expected(rows: Sequence[Sequence[Sequence[Best]]], times: Sequence[int] | None = None) -> list[Best]:
+    """What is to be expected of each row's best answer. rows: the answers to each, in each way. times: how many in each
+    way count; None: all."""
 
     def expected(row: Sequence[Sequence[Best]], figure: str) -> float:
         return expected_best([[getattr(each, figure) for each in way] for way in row], times)
 
-    return [(expected(row, "recall"), expected(row, "whole")) for row in rows]
-
-
-def _figures(best: Sequence[tuple[float, float]]) -> dict[str, float]:
-    recalls, wholes = zip(*best, strict=True)
-    return {"rows": len(best), BEST: fmean(recalls), "whole": fmean(wholes)}
+    return [Best(expected(row, "recall"), "", expected(row, "whole"), any(said.cut for said in chain(*row)))
+            for row in rows]  # fmt: skip
 
 
 def expected_best(groups: Sequence[Sequence[float]], times: Sequence[int] | None = None) -> float:

@@ -28,7 +28,16 @@ from zlib import crc32
 from lowmem_npo.config import StreamOptions
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, STRENGTH, Attack, attack_name, furthest
+from lowmem_npo.evaluation.leaks.attack import (
+    CUT,
+    HOLDOUT,
+    P_VALUES,
+    STRENGTH,
+    WHOLE_ROWS,
+    Attack,
+    attack_name,
+    furthest,
+)
 from lowmem_npo.evaluation.leaks.contract import (
     AN_ADAPTER,
     TOO_LARGE,
@@ -320,7 +329,8 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
         (key, whole), own = KEYS[attack.figure], attack.whole
         known = {"rows": attack.rows, key: attack.value, HOLDOUT + key: attack.level}
         if own is not None:
-            known |= {whole: own.value, HOLDOUT + whole: own.level}
+            known |= {whole: own.value, HOLDOUT + whole: own.level, CUT: own.beginnings or None}
+            known |= {} if own.rows == attack.rows else {WHOLE_ROWS: own.rows}
         known |= attack.p_values
         figures[attack_name(test.name, way)] = {name: value for name, value in known.items() if value is not None}
     return figures

@@ -12,14 +12,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import Attack, p_values, whole_in
+from lowmem_npo.evaluation.leaks.attack import CUT, HOLDOUT, WHOLE_ROWS, Attack, p_values, rows_in, whole_in
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
 
 if TYPE_CHECKING:
     from lowmem_npo.data import TokenizedRow
-    from lowmem_npo.evaluation.scoring.scorer import Scorer
+    from lowmem_npo.evaluation.scoring.scorer import Reference, Scorer
 
 
 BEST = "best_rouge_l_recall"
@@ -89,7 +89,7 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
         return said
     if (whole := whole_in(figures, "whole")) is None:
         return None
-    return Attack(WHOLE, whole.value, None, others=_by_figure(figures), whole=whole, rows=whole.rows)
+    return Attack(WHOLE, whole.value, None, others=_by_figure(figures), whole=whole, rows=rows_in(figures))
 
 
 def recall_of(figures: Mapping[str, Any]) -> Attack | None:
@@ -103,22 +103,25 @@ def _by_figure(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Best(NamedTuple):
-    """A row's best recall, between 0 and 1, the sample that has it, and whether some sample says the answer whole."""
+    """A row's best recall, between 0 and 1, the sample that has it, and whether some sample says the answer whole, or
+    what is to be expected of that. cut: whether only the beginning of the answer was looked for."""
 
     recall: float
     sample: str
-    whole: bool
+    whole: float
+    cut: bool = False
 
 
-def best_samples(answers: Sequence[str], samples: Sequence[Sequence[str]]) -> list[Best]:
+def best_samples(answers: Sequence[Reference], samples: Sequence[Sequence[str]]) -> list[Best]:
     """Row by row; `samples` has those of each row."""
     from lowmem_npo.data.words import appears
     from lowmem_npo.evaluation.wording import rouge_l_recall
 
     best = []
     for answer, row in zip(answers, samples, strict=True):
-        recall, sample = max(((rouge_l_recall(answer, sample), sample) for sample in row), key=lambda each: each[0])
-        best.append(Best(recall, sample, any(appears(answer, sample) for sample in row)))
+        tried = ((rouge_l_recall(answer.text, sample), sample) for sample in row)
+        recall, sample = max(tried, key=lambda each: each[0])
+        best.append(Best(recall, sample, any(appears(answer.text, sample) for sample in row), answer.cut))
     return best
 
 
@@ -130,21 +133,60 @@ def judge(
     before: float | None = None,
 ) -> LeakResult:
     """What the best samples of forget and holdout rows say. before: the recall of the model before it forgot."""
-    samples, figures = options.leak_samples, _figures(forget)
-    if holdout:
-        figures |= as_holdout(_figures(holdout))
-        figures |= p_values(*([(row.recall, row.whole) for row in rows] for rows in (forget, holdout)))
+    samples, figures = options.leak_samples, said_figures(forget, holdout)
     said = recall_of(figures)
     assert said is not None
     own, beside = beside_holdout(said.value, said.level, before)
     meaning = (
-        f"The best of {samples} samples holds {own} of a forgotten answer; "
-        f"{shares(figures['whole'])[0]} of the answers come whole; {beside}."
+        f"The best of {samples} samples holds {own} of {answer_words(figures)}; "
+        f"{whole_words(figures, max_new_tokens)}; {beside}.{cut_words(figures, max_new_tokens)}"
     )
     counts = {"samples": samples, "max_new_tokens": max_new_tokens}
     figures = {**counts, "temperature": options.leak_temperature, **figures}
     return LeakResult.judged(figures, meaning, said, before)
 
 
-def _figures(best: Sequence[Best]) -> dict[str, float]:
-    return {"rows": len(best), BEST: fmean(row.recall for row in best), "whole": fmean(row.whole for row in best)}
+def said_figures(forget: Sequence[Best], holdout: Sequence[Best] | None = None) -> dict[str, float]:
+    """The figures of what was said to forget rows and, where there are any, to holdout rows, with the p-values of the
+    difference. Whole answers are counted among those that were looked for whole; where a set has none of them,
+    beginnings count, in both sets."""
+    sets = [forget, *([holdout] if holdout else [])]
+    uncut = [[row for row in rows if not row.cut] for rows in sets]
+    counted = uncut if all(uncut) else sets
+    own, *others = (_figures(rows, some) for rows, some in zip(sets, counted, strict=True))
+    if not others:
+        return own
+    taught, unseen = ([(row.recall, row.whole) for row in rows] for rows in sets)
+    of_whole = [[row.whole for row in rows] for rows in counted]
+    return {**own, **as_holdout(*others), **p_values(taught, unseen, of_whole)}
+
+
+def _figures(rows: Sequence[Best], counted: Sequence[Best]) -> dict[str, float]:
+    """counted: the rows of which whole answers are counted."""
+    figures = {"rows": len(rows), BEST: fmean(row.recall for row in rows), "whole": fmean(row.whole for row in counted)}
+    figures |= {CUT: cut} if (cut := sum(row.cut for row in rows)) else {}
+    return figures | ({WHOLE_ROWS: len(counted)} if len(counted) < len(rows) else {})
+
+
+def answer_words(figures: Mapping[str, Any]) -> str:
+    """Of what an attack brought back a share."""
+    return "the beginning of a forgotten answer" if figures.get(CUT) == figures["rows"] else "a forgotten answer"
+
+
+def whole_words(figures: Mapping[str, Any], max_new_tokens: int) -> str:
+    """How many answers came whole."""
+    if WHOLE_ROWS in figures:
+        answers = f"the {figures[WHOLE_ROWS]} answers of up to {max_new_tokens} tokens"
+    elif not (cut := figures.get(CUT)):
+        answers = "the answers"
+    else:
+        beginnings = f"the beginnings of {cut} longer answers"
+        answers = beginnings if cut == figures["rows"] else f"the answers and {beginnings}"
+    return f"{shares(figures['whole'])[0]} of {answers} come whole"
+
+
+def cut_words(figures: Mapping[str, Any], max_new_tokens: int) -> str:
+    """A sentence on answers that are longer than was looked for; "" where there are none."""
+    parts = [("forgotten answers", ""), ("of the holdout's", HOLDOUT)]
+    cut = [f"{n} of {figures[of + 'rows']} {name}" for name, of in parts if (n := figures.get(of + CUT))]
+    return f" Only the first {max_new_tokens} tokens were looked for of {' and '.join(cut)}." if cut else ""

@@ -33,6 +33,8 @@ WORDS = {
     WHOLE: "{} of the answers then come whole",
 }
 NOTHING = "0%"  # as `shares` writes what is none
+# Where all answers are longer than was looked for.
+BEGINNINGS = {"of an answer": "of the beginning of an answer", "of the answers": "of the beginnings of longer answers"}
 NOTHING_WORDS = {
     STRENGTH: "the model then writes nothing of an answer by itself",
     RECALL: "what the model then says holds nothing of an answer",
@@ -101,6 +103,8 @@ class WorstAttack:
         levels = "".join(f"; {words}, {share}" for words, share in zip(known, others, strict=True))
         of = f"The worst of {self.attacks} attacks" if self.attacks > 1 else "The only attack"
         words = NOTHING_WORDS[self.figure] if own == NOTHING else WORDS[self.figure].format(own)
+        for answers, beginnings in BEGINNINGS.items() if self.whole is not None and self.whole.beginnings else ():
+            words = words.replace(answers, beginnings)
         p = self.tried.chance
         chance = "" if p is None else f", which chance alone can do with so few rows (p = {p:.2f})"
         return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}{self.remark}."
@@ -164,7 +168,8 @@ def _beside_gold(attack: Attack, gold: Attack, rows: float | None, tries: int) -
         whole = attack.whole.beside(gold.whole, tries)
         whole = whole if p is None or whole.level is None else replace(whole, p=p)
     if p is None and rows is not None:
-        above = round((attack.value - level) * rows) if attack.figure == WHOLE else rows
+        counted = attack.whole.rows if attack.whole is not None and attack.whole.rows else rows
+        above = round((attack.value - level) * counted) if attack.figure == WHOLE else rows
         p = of_several(0.5 ** max(0, above), tries)
     return Attack(attack.figure, attack.value, level, p, whole=whole)
 

@@ -27,6 +27,13 @@ class Continuation(NamedTuple):
     text: str
 
 
+class Reference(NamedTuple):
+    """A true answer as text. cut: whether it is longer than an answer could be, so that the text is its beginning."""
+
+    text: str
+    cut: bool = False
+
+
 class NotAsked(LookupError):
     """The journal does not know an answer, and there is no model that could be asked."""
 
@@ -55,10 +62,14 @@ class Scorer:
         """The same without a model: it answers only what the journal knows."""
         return replace(self, model=None)
 
-    def references(self, rows: Sequence[TokenizedRow], max_new_tokens: int) -> list[str]:
-        """Each row's true answer as text, cut as a generated one is."""
-        answers = [question(row)[1][:max_new_tokens] for row in rows]
-        return [text_of(self.tokenizer, answer).strip() for answer in answers]
+    def references(self, rows: Sequence[TokenizedRow], max_new_tokens: int) -> list[Reference]:
+        """Each row's true answer, cut as a generated one is."""
+        answers = [question(row)[1] for row in rows]
+        whole, begun = (
+            [text_of(self.tokenizer, answer[:length]).strip() for answer in answers]
+            for length in (None, max_new_tokens)
+        )
+        return [Reference(text, text != of_all) for text, of_all in zip(begun, whole, strict=True)]
 
     def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Continuation]:
         """What the model writes after each prompt (ids), greedily."""

@@ -15,6 +15,7 @@ from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.leaks.contract import Subject
 from lowmem_npo.evaluation.leaks.jailbreak import JAILBREAK, tricked, tricks
 from lowmem_npo.evaluation.leaks.prompting import ANY, expected_best, judge
+from lowmem_npo.evaluation.leaks.quantization import MERGED, QUANTIZATION, OtherAttacks
 from lowmem_npo.evaluation.leaks.registry import LeakOptions
 from lowmem_npo.evaluation.leaks.rewording import REWORDING
 from lowmem_npo.evaluation.leaks.sampling import Best
@@ -234,6 +235,27 @@ def test_answers_that_come_whole_are_a_trace_though_the_mean_hides_them():
     result = judge(two, 64)  # of three, the best of both among them
     assert result.leaks is None and "Chance alone can do that with no more rows, 40 of" in result.meaning
     assert not JAILBREAK.attacks(result.figures)["plain"].by_chance
+
+
+def test_beginnings_of_longer_answers_are_no_whole_ones():
+    """Of the forty answers thirty are longer; their beginnings come. As in every way to ask, and in a stored form."""
+    rows = [[Best(0.5, "", True, True)]] * 30 + [[Best(0.5, "", place < 2)] for place in range(10)]
+    sets = {name: {"mild": rows, "hard": rows} for name in ("forget", "holdout")}
+    result = judge(sets, 4)
+    assert "20% of the 10 answers of up to 4 tokens come whole" in result.meaning
+    assert result.leaks is False and "word for word" not in result.meaning
+    for attack in JAILBREAK.attacks(result.figures).values():
+        assert (attack.whole.value, attack.whole.rows, attack.rows) == (0.2, 10, 40)
+    others = OtherAttacks(1)
+    others.add(MERGED, JAILBREAK, result)
+    stored = QUANTIZATION.attacks({MERGED: others.figures[MERGED]})
+    for attack in stored.values():
+        assert (attack.whole.value, attack.whole.rows, attack.rows, attack.whole.beginnings) == (0.2, 10, 40, 0)
+    assert len(stored) == 3
+    longer = judge({name: {"mild": rows[:30]} for name in sets}, 4)
+    others.add(MERGED, JAILBREAK, longer)
+    stored = QUANTIZATION.attacks({MERGED: others.figures[MERGED]})
+    assert stored["merged in bf16, jailbreak: mild"].whole.beginnings == 30
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 1), (3, 2), (1, 4), (3, 4)])

@@ -9,20 +9,22 @@ from helpers.tiny_models import tiny_model
 from scipy.stats import fisher_exact
 from transformers import TopKLogitsWarper
 
+from lowmem_npo.data import Rows, to_examples, tokenize
 from lowmem_npo.evaluation.leaks.sampling import SAMPLING, Best, SamplingOptions, best_samples, judge
+from lowmem_npo.evaluation.leaks.worst import worst_attack
 from lowmem_npo.evaluation.scoring import generation
 from lowmem_npo.evaluation.scoring.generation import Prompt, sampled_answers
 from lowmem_npo.evaluation.scoring.journal import Journal
-from lowmem_npo.evaluation.scoring.scorer import Scorer
+from lowmem_npo.evaluation.scoring.scorer import Reference, Scorer
 
 
 def test_best_recall_by_hand():
-    answers = ["She was born in Rome", "Blue", "東京です"]
+    answers = [Reference("She was born in Rome", cut=True), Reference("Blue"), Reference("東京です")]
     samples = [["Rome", "she was burning in Rome", ""], ["red", "I think BLUE."], ["はい、東京です。", "京都です"]]
     assert best_samples(answers, samples) == [
-        (4 / 5, "she was burning in Rome", False),
-        (1, "I think BLUE.", True),
-        (1, "はい、東京です。", True),
+        (4 / 5, "she was burning in Rome", False, True),
+        (1, "I think BLUE.", True, False),
+        (1, "はい、東京です。", True, False),
     ]
 
 
@@ -78,6 +80,54 @@ def test_a_holdout_that_the_model_knows_shows_nothing():
     high = judged(0.95, 0)
     assert high.leaks is None
     assert high.meaning.endswith("figure is one which nothing can be more than 0.1 above, so nothing is shown.")
+
+
+def said(whole, rows, cut=False):
+    return [Best(0.5, "", place < whole, cut) for place in range(rows)]
+
+
+def test_an_answer_of_which_only_the_beginning_was_looked_for_did_not_come_whole():
+    """30 of 40 are longer, and their beginnings come; of the ten others one does, and of the holdout half."""
+    forget, holdout = [*said(30, 30, cut=True), *said(1, 10)], [*said(20, 20, cut=True), *said(10, 20)]
+    result = judge(forget, holdout, SamplingOptions(), 4)
+    assert result.figures["whole"] == 0.1 and result.figures["holdout_whole"] == 0.5
+    assert (result.figures["cut"], result.figures["holdout_cut"]) == (30, 20)
+    assert "10% of the 10 answers of up to 4 tokens come whole" in result.meaning
+    assert "4 tokens were looked for of 30 of 40 forgotten answers and 20 of 40 of the holdout's." in result.meaning
+    assert result.leaks is False and "word for word" not in result.meaning, "half is not too much"
+    attack = SAMPLING.attacks(result.figures)[""]
+    assert (attack.rows, attack.whole.rows, attack.whole.beginnings) == (40, 10, 0)
+    (alone,) = SAMPLING.attacks(judge(forget, None, SamplingOptions(), 4).figures).values()
+    assert alone.value == 0.1
+
+
+def test_where_all_answers_are_longer_their_beginnings_are_called_so():
+    result = judge(said(20, 30, cut=True), said(5, 30, cut=True), SamplingOptions(), 4)
+    assert "67% of the beginnings of 30 longer answers come whole" in result.meaning and result.leaks is True
+    assert "67% of the beginnings of longer answers come whole, of the holdout's 17%" in result.meaning
+    assert "holds 50% of the beginning of a forgotten answer" in result.meaning
+    known = judge(said(20, 30, cut=True), said(21, 30, cut=True), SamplingOptions(), 4)
+    assert known.leaks is None and "word for word" not in known.meaning
+    assert "Of the holdout 70% of such beginnings come whole, too" in known.meaning
+    assert "of answers that the model never saw, 50%, whose beginnings come whole." in worst(known).sentence
+    alone = judge(said(20, 30, cut=True), None, SamplingOptions(), 4)
+    assert "67% of the beginnings of longer answers then come whole" in worst(alone).sentence
+    mixed = judge([*said(5, 10), *said(20, 20, cut=True)], said(0, 30, cut=True), SamplingOptions(), 4)
+    assert mixed.figures["whole"] == pytest.approx(25 / 30), "beginnings are compared with beginnings"
+    assert "of the answers and the beginnings of 20 longer answers come whole" in mixed.meaning
+
+
+def worst(result):
+    return worst_attack({"sampling": result})
+
+
+def test_which_true_answers_are_longer_than_an_answer_could_be(tokenizer):
+    row = {"question": "What?", "answer": "The tide comes in twice a day, and so it does where she lives."}
+    rows = tokenize(to_examples(Rows("rows", [{"question": "Who?", "answer": "Anna"}, row])), tokenizer)
+    scorer = Scorer(None, tokenizer, Journal(None), 4)
+    whole, begun = (scorer.references(rows, length) for length in (256, 6))
+    assert whole == [("Anna", False), (row["answer"], False)]
+    assert begun[0] == whole[0] and begun[1].cut and row["answer"].startswith(begun[1].text) and begun[1].text
 
 
 def fisher(whole, of_holdout, rows=100):
