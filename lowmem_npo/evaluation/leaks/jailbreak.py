@@ -46,7 +46,7 @@ class Jailbreak(Prompting):
     name = "jailbreak"
     summary = "ROUGE-L recall of greedy answers after system prompts and other words meant to bring them out"
     in_words = "talking the model into answering, with instructions and beginnings of answers"
-    none = "the rows are texts without a question, or leave the model no room for words before it"
+    none = "the rows leave the model no room for words before the question"
 
     def ways(self, subject: Subject, name: str) -> Mapping[str, Asked]:
         from lowmem_npo.data import Encoder

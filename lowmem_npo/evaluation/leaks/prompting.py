@@ -47,6 +47,13 @@ if TYPE_CHECKING:
 A_WORDING = Need(
     lambda subject: subject.wording is None, "it writes the rows' prompts otherwise, and only token ids are given"
 )
+A_QUESTION = Need(
+    lambda subject: (
+        subject.wording is not None
+        and not any((example.prompt or "").strip() for example in subject.wording.examples["forget"])
+    ),
+    "the rows are texts without a question",
+)
 ANY = "the best of all"
 NOT_SO = f"the holdout cannot be asked so, and {UNKNOWN}"
 
@@ -58,7 +65,7 @@ class Prompting(LeakTest[Options], abstract=True):
     """A test that asks in other ways, which `ways` writes."""
 
     options = Options
-    needs = (A_WORDING,)
+    needs = (A_WORDING, A_QUESTION)
     counts = ("rows", "holdout_rows", "ways", "max_new_tokens")
     main = BEST
     figures = {

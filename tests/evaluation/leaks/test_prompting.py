@@ -151,9 +151,10 @@ def test_what_cannot_be_asked_otherwise_is_said(tokenizer):
     subject = subject_of(tokenizer, lambda prompt: "")
     assert "--paraphrase-column" in REWORDING.measure(subject).meaning
     texts = subject_of(tokenizer, lambda prompt: "", [{"text": "The tide comes in."}])
-    assert "texts without a question" in JAILBREAK.measure(texts).meaning
+    for test in (JAILBREAK, REWORDING):
+        assert test.measure(texts).meaning == "Not measured: the rows are texts without a question."
     long = subject_of(tokenizer, lambda prompt: "", fit=Fit(300, 60))  # none fits into 60 positions
-    assert JAILBREAK.measure(long).leaks is None
+    assert "no room for words before the question" in JAILBREAK.measure(long).meaning
     ids = Subject(subject.scorer, subject.forget, None, LeakOptions())
     for test in (JAILBREAK, REWORDING):
         assert test.measure(ids).meaning.startswith("Not measured: it writes the rows' prompts otherwise")
