@@ -66,7 +66,8 @@ def measure_answers(subject: Subject, name: str, method: Method | None, seed: in
     scores = {part: token_scores(model, of, batch_size=size, progress=False) for part, of in rows.items() if of}
     figures["forget"]["extraction_strength"] = extraction_figures(scores["forget"])["extraction_strength"]
     sizes = {part: [compressed(row, tokenizer) for row in of] for part, of in rows.items() if of}
-    judged = membership.judge(*(membership.scored(scores[part], sizes[part]) for part in rows)).figures
+    forget, holdout = (membership.scored(scores[part], sizes[part]) for part in rows)
+    judged = membership.judge(forget, holdout).figures
     figures["membership"] = {score: judged[f"{score}_auc"] for score in membership.TITLES}
     general = tokenize(to_examples(read_rows(GENERAL)), tokenizer, max_length=512)
     likelihoods = answer_likelihoods(model, general, batch_size=size, progress=False)

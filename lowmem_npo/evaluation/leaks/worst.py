@@ -146,7 +146,7 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
         level = same.by(attack.figure) if same is not None else None
         tried = attack
         if same is not None and level is not None:
-            rows = attack.rows or at(results[test].figures, "rows")  # of an older version: as its test asks at most
+            rows = attack.rows or at(results[test].figures, "rows")  # as many as its test asks at most
             tried = _beside_gold(attack, same, rows, tries[test])
         judged = (tried.p, tried.least_p, tried.whole)
         one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, *judged)
