@@ -70,19 +70,14 @@ def test_one_form(chat_model, forget, tmp_path):
     assert list(json.loads((tmp_path / "out" / "before.json").read_text())) == ["forget", "general"]
 
 
-def test_what_an_older_version_measured_is_measured_again(byte_model, forget, tmp_path):
+def test_what_lacks_a_figure_or_has_another_length_is_measured_again(byte_model, forget, tmp_path):
     folder = tmp_path / "out"
     assert train(byte_model, forget, folder, "--max-new-tokens", 5) == 0
     whole = (folder / "before.json").read_text()
     content = json.loads(whole)
-    for of_set in content.values():
-        for name in ("appears", "max_new_tokens"):
-            del of_set["summary"][name]
-        for record in of_set["records"]:
-            del record["appears"]
+    del content["forget"]["summary"]["appears"]
     (folder / "before.json").write_text(json.dumps(content))
-    assert main(["report", str(folder)]) == 0  # it is read,
-    assert train(byte_model, forget, folder, "--max-new-tokens", 5, "--resume") == 0  # and measured again
+    assert train(byte_model, forget, folder, "--max-new-tokens", 5, "--resume") == 0
     assert (folder / "before.json").read_text() == whole
     assert train(byte_model, forget, folder, "--max-new-tokens", 7, "--resume") == 0
     summaries = [

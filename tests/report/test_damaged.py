@@ -96,14 +96,3 @@ def test_what_an_audit_record_cannot_hold(own_run, place, change, why, capsys):
     assert main(["report", str(own_run)]) == 2
     printed = capsys.readouterr().err
     assert f"'{file}' is damaged and cannot be reported on" in printed and why in printed
-
-
-def test_answers_of_an_older_version_without_a_token(own_run, capsys):
-    file = own_run / "before.json"
-    sets = json.loads(file.read_text())
-    for of_set in sets.values():
-        del of_set["summary"]["max_new_tokens"]
-        of_set["records"] = [record | {"tokens": 0} for record in of_set["records"]]
-    file.write_text(json.dumps(sets))
-    assert main(["report", str(own_run)]) == 2
-    assert f"'{file}' is damaged and cannot be reported on (float division by zero)" in capsys.readouterr().err

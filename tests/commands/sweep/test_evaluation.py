@@ -237,8 +237,7 @@ def test_a_leak_test_that_found_no_traces_before_either_cannot_tell(tmp_path):
     assert len(measured.figures(after)) == 2
 
 
-def test_an_evaluation_of_an_older_version_is_read_as_far_as_it_goes(tmp_path):
-    """It knew no MUSE, no worst attack and no figures under other names."""
+def test_an_evaluation_that_lacks_figures_is_read_as_far_as_it_goes(tmp_path):
     measured, _ = SweepEvaluation.parse(["--evaluate", "answers,muse,extraction"])
     files = RunFiles(tmp_path).evaluation
     files.path.mkdir()

@@ -38,7 +38,7 @@ def test_a_row_without_a_finite_likelihood_is_named(kind, batch_size):
         ASK[kind](scorer, rows)
 
 
-def test_one_that_an_earlier_version_wrote_down_is_refused_too():
+def test_one_that_the_journal_holds_is_refused_too():
     journal = Journal(None, progress=False)
     journal.write("forget: x", range(3), [1.0, math.nan, 2.0])
     with pytest.raises(NotFinite, match="row 2 of 'forget: x'"):
