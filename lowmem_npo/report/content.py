@@ -132,6 +132,8 @@ def read_content(directory: Path) -> Content:
         audit = read_audit(directory)
         if audit is not None:
             check_reported(audit)
+    if audit is None:
+        files.began()  # where the model must be named, then
     evaluations = {}
     for stage in STAGES:
         with _named(files.answers(stage)):

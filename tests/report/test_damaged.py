@@ -96,3 +96,11 @@ def test_what_an_audit_record_cannot_hold(own_run, place, change, why, capsys):
     assert main(["report", str(own_run)]) == 2
     printed = capsys.readouterr().err
     assert f"'{file}' is damaged and cannot be reported on" in printed and why in printed
+
+
+def test_without_a_record_the_settings_must_name_the_model(own_run, capsys):
+    (own_run / "audit.json").unlink()
+    settings = (own_run / "run.yaml").read_text().splitlines(keepends=True)
+    (own_run / "run.yaml").write_text("".join(line for line in settings if not line.startswith("model:")))
+    assert main(["report", str(own_run)]) == 2
+    assert "run.yaml' is damaged: write the run's options into it" in capsys.readouterr().err
