@@ -151,13 +151,13 @@ def settings_to_resume(files: EvaluationFiles) -> dict[str, Any]:
 
 def kept_options(options: EvaluationOptions) -> dict[str, Any]:
     """The options with which the evaluation that `options` resume began, for those that are not given now: all that it
-    may not change, and --any-base of its model. Data, where none is named, is that of the adapter's run once more,
-    unless other data was named.
+    may not change, --any-base of its model, and its leak tests. Data, where none is named, is that of the adapter's run
+    once more, unless other data was named.
 
     Raises UserError as `settings_to_resume` does.
     """
     settings = settings_to_resume(EvaluationFiles(path_of(options)))
-    kept = {f.name for f in fields(EvaluationConfig)} - (EvaluationConfig.may_change() - {"any_base"})
+    kept = {f.name for f in fields(EvaluationConfig)} - (EvaluationConfig.may_change() - {"any_base", "leaks"})
     if not names_data(options) and not settings.get(DATA_NAMED, False):
         kept -= EvaluationConfig.sources().keys()
     values = {name: settings[name] for name in kept if name in settings}

@@ -132,8 +132,10 @@ def read_content(directory: Path) -> Content:
         audit = read_audit(directory)
         if audit is not None:
             check_reported(audit)
-    if audit is None:
-        files.began()  # where the model must be named, then
+    if audit is None and settings.get("model") is None:
+        raise UserError(
+            f"'{files.run_yaml}' is damaged: it names no model, which {files.audit.name} would; restore one."
+        )
     evaluations = {}
     for stage in STAGES:
         with _named(files.answers(stage)):

@@ -110,6 +110,8 @@ def test_a_resumed_evaluation_is_of_the_data_that_it_began_with(byte_model, file
     evaluate = ["evaluate", "--adapter", folder, "--device", "cpu", "--dtype", "float32"]
     assert main(evaluate) == 0
     assert main([*evaluate, "--resume", "--leaks", "extraction"]) == 0
+    assert main([*evaluate, "--resume"]) == 0  # the same test once more
+    assert [*result(files, "adapter/evaluation")["leaks"]] == ["extraction"]
     counts = result(files, "adapter/evaluation")["rows"]
     assert {part: of["in_set"] for part, of in counts.items()} == {"forget": 2, "holdout": 2}
     evaluate += ["--output-dir", str(files / "named")]

@@ -103,4 +103,4 @@ def test_without_a_record_the_settings_must_name_the_model(own_run, capsys):
     settings = (own_run / "run.yaml").read_text().splitlines(keepends=True)
     (own_run / "run.yaml").write_text("".join(line for line in settings if not line.startswith("model:")))
     assert main(["report", str(own_run)]) == 2
-    assert "run.yaml' is damaged: write the run's options into it" in capsys.readouterr().err
+    assert "run.yaml' is damaged: it names no model" in capsys.readouterr().err
