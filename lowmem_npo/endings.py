@@ -100,7 +100,8 @@ def is_out_of_host_memory(error: BaseException) -> bool:
     """Whether the machine's own memory ran out."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in UNALLOCATED)
+    is_of_library = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
+    return is_of_library and any(text in str(error) for text in UNALLOCATED)
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ import tyro
 from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help, with_help
 from lowmem_npo.commands.spellings import ALIASES, SOURCES, as_in_trl, canonical, join_sources, our_names, with_none
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
-from lowmem_npo.commands.wording import explained
+from lowmem_npo.commands.wording import HELP, explained
 from lowmem_npo.commands.wrapped import Wrapped
 from lowmem_npo.config import SECTIONS, OutputConfig, RunConfig, TrainingConfig
 from lowmem_npo.errors import UserError
@@ -97,7 +97,7 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any,
     except SystemExit as ended:
         if not ended.code:
             raise
-    known = [] if options.get("return_unknown_args") else ["--help", *flags_of(kind)]
+    known = [] if options.get("return_unknown_args") else [HELP, *flags_of(kind)]
     raise UserError(explained(messages.getvalue(), known, command, arguments))
 
 

@@ -30,8 +30,10 @@ class SchemaOptions:
     """Print the JSON Schema of a configuration file, as `lowmem-npo train --config` reads it, and every run writes its
     run.yaml.
 
-    Of `lowmem-npo schema > run.schema.json`, editors that have a YAML language server complete and check a file whose
-    first line is `# yaml-language-server: $schema=run.schema.json`.
+    Write it to a file with `lowmem-npo schema > run.schema.json`. Editors with a YAML language server then complete and
+    check every file that begins with this line:
+
+    # yaml-language-server: $schema=run.schema.json
     """
 
 

@@ -42,6 +42,9 @@ def _is_no_flag(word: str, flags: Sequence[str]) -> bool:
     return flag.startswith("--") and not {flag, flag.replace("--no-", "--", 1)} & {*flags}
 
 
+HELP = "--help"  # of every command
+
+
 def explained(box: str, flags: Sequence[str], command: str, arguments: Sequence[str]) -> str:
     """What tyro says in a box (a title, then parts between rules), as a sentence.
 
@@ -53,6 +56,8 @@ def explained(box: str, flags: Sequence[str], command: str, arguments: Sequence[
     for text in texts:
         if flags and text.startswith("Unrecognized options:"):
             words = re.split("[ ,]+", text.partition(": ")[2])
+            if [*flags] == [HELP]:
+                return f"'{shortened(words[0])}' belongs to no option; {command} takes none."
             if wrong := [word for word in words if word.startswith("--")]:
                 return no_such_option(wrong[0], flags, f"{command} --help")
             meant = _as_value(words[0], flags)

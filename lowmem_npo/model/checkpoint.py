@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from lowmem_npo.endings import lacks_memory
 from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded, load_json
 from lowmem_npo.model.kept_types import kept_in_float32
@@ -52,12 +53,16 @@ class Shard:
         self._rows = rows or {}
         self._safe: Any = None
         self._loaded: dict[str, Tensor] = {}
+        is_safe = path.suffix == ".safetensors"
+        mapped = is_safe or zipfile.is_zipfile(path)  # the format of PyTorch before 1.6 cannot be
         try:
-            if path.suffix == ".safetensors":
+            if is_safe:
                 self._safe = safe_open(path, framework="pt")
-            else:  # the format of PyTorch before 1.6 cannot be mapped
-                self._loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            else:
+                self._loaded = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            if mapped and lacks_memory(error):  # a damaged file of the other format may ask for any amount
+                raise
             reason = one_line(error, 200)
             raise UserError(f"The weights in '{path}' are damaged: {reason}.") from error
 

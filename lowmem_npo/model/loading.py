@@ -254,8 +254,6 @@ def _load(config: ModelConfig, say: Say, on_host: bool, layer_loaded: LayerLoade
     except UserError:
         raise
     except Exception as error:
-        if lacks_memory(error):
-            raise
         raise UserError(_why_not_loaded(name, config.revision, error)) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _holds_an_adapter(name)  # on the hub
@@ -357,7 +355,10 @@ def _holds_an_adapter(name: str) -> UserError:
 
 
 def _why_not_loaded(name: str, revision: str | None, error: Exception, what: str = "model") -> str:
-    """One sentence for each of the many ways in which loading fails; the hub's own message ends it."""
+    """One sentence for each of the many ways in which loading fails; the hub's own message ends it. Raises `error` if
+    memory ran out."""
+    if lacks_memory(error):
+        raise error
     where = f"{what} '{name}'" + (f" at revision '{revision}'" if revision else "")
     reason = one_line(error)
     lowered = reason.lower()

@@ -182,6 +182,8 @@ def read_audit(directory: Path) -> Audit | None:
         audit = load_json(path)
         check_record(audit, RECORD)
         check_record(audit["forget_rows"], FORGET_ROWS)
+        for data in audit["data"].values():
+            check_record(data, DATA)
         bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:
         return None

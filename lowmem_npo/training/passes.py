@@ -56,9 +56,8 @@ class Passes:
         self.lock_step = None if weight_stream(model) is None else LockStep.where_it_fits(model, self.prefix)
         self.num_retain = num_retain
         self.metrics = StepMetrics(objective, holds=num_retain is not None)
-        self.kept: dict[
-            tuple[int, ...], Tensor | None
-        ] = {}  # rows to forget -> their reference, for the step's next pass
+        # Rows to forget -> their reference, for the step's next pass.
+        self.kept: dict[tuple[int, ...], Tensor | None] = {}
         self.levels: Tensor | None = None  # (rows,) nats per token up to which each forget row is pushed
 
     def forget(self, batch: RowBatch, totals: StepTotals, *, again: bool = False) -> Tensor:

@@ -98,10 +98,10 @@ MISTAKES = [
     (["ask", "runn", "Who?"], "The model 'runn' is not on this machine"),
     (["evaluate", "--model", "o/m", "--forget", "builtin"], "The model 'o/m' is not on this machine"),
     (["data", "o/d:facts"], "o/d:facts is no local file, the hub cannot be reached"),
-    (["env", "--gpu"], "There is no option --gpu"),
+    (["env", "--gpu"], "'--gpu' belongs to no option; env takes none"),
     (["demo", "--device", "tpu"], "tpu"),
     (["completion", "csh"], "must be one of"),
-    (["schema", "--jsn"], "There is no option --jsn"),
+    (["schema", "--jsn"], "'--jsn' belongs to no option; schema takes none"),
     (["tarin"], "there is no command 'tarin'"),
 ]
 ASKED = [*([name, "--help"] for name in COMMANDS), ["train", "--help-all"], ["--help"], ["--version"]]

@@ -12,15 +12,16 @@ import torch
 from helpers.architectures import random_model, tiny_config
 from helpers.tiny_models import states, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, OlmoConfig
 from transformers.core_model_loading import MergeModulelist
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
 
 from lowmem_npo.cli import main
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.console import silent
+from lowmem_npo.endings import failure
 from lowmem_npo.errors import UserError
-from lowmem_npo.model import attach_lora, load_model
+from lowmem_npo.model import attach_lora, checkpoint, load_model
 from lowmem_npo.model.loading import load_config
 from lowmem_npo.model.quantization import is_finite, quantising
 from lowmem_npo.model.saved_adapter import load_adapter
@@ -250,6 +251,20 @@ def test_memory_that_runs_out_while_a_weight_is_converted_ends_loading(
     with pytest.raises(type(error)) as raised:
         load_model(config)
     assert raised.value is error and len(calls) == at
+
+
+@pytest.mark.parametrize(
+    "owner, name", [(checkpoint, "safe_open"), (checkpoint.torch, "load"), (AutoConfig, "from_pretrained")]
+)
+def test_memory_that_runs_out_for_a_file_does_not_make_it_damaged(owner, name, runs_out, saved, tmp_path):
+    if name == "load":
+        torch.save(load_file(saved / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        shutil.copy(saved / "config.json", tmp_path)
+        saved = tmp_path
+    runs_out(owner, name, RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"), 1)
+    with pytest.raises(RuntimeError, match="mmap") as raised:
+        load_config(ModelConfig(str(saved)))
+    assert failure(raised.value) == "the machine ran out of memory"
 
 
 def test_a_command_says_that_memory_ran_out_while_the_model_was_loaded(byte_model, runs_out, tmp_path, capsys):

@@ -213,6 +213,12 @@ def test_a_run_whose_groups_have_other_names_is_resumed_and_one_whose_record_lac
         assert resumes(folder, byte_model, tmp_path, *options) == 2
         assert f"cannot be read as the audit record of a run ({name} is missing)" in capsys.readouterr().err
         (folder / "audit.json").write_text(json.dumps(audit))
+    without = {
+        part: {name: of for name, of in record.items() if name != "tokenised"} for part, record in audit["data"].items()
+    }
+    (folder / "audit.json").write_text(json.dumps({**audit, "data": without}))
+    assert resumes(folder, byte_model, tmp_path, *options) == 2
+    assert "(tokenised is missing)" in capsys.readouterr().err
 
 
 def test_a_damaged_or_missing_record_is_reported(own_run, tmp_path, capsys):

@@ -214,7 +214,9 @@ def test_the_rule_of_divergence():
     assert "was 2.00 before" in after(*[1.5, 2.5] * 50, *[9.0] * 100, before=None, **few)[1]
     uneven = {"shown": lambda step: Shown(25, 100 if step % 2 else 900), "num_retain": 234}
     assert after(*[2.0, 7.0] * 10, before=2.0, **uneven) == ([], None)  # a mean over tokens, as before training: 2.5
-    assert after(*[2.0, None] * 9, before=2.0) == ([], None)  # steps of held rows alone
+    held = [None] * 9  # steps of held rows alone
+    assert after(2.0, 9.0, *held, before=2.0) == ([], None)  # still of two steps
+    assert len(after(2.0, 9.0, *held, 9.0, *held, 9.0, before=2.0)[0]) == 1
 
 
 def test_train_loss_is_of_all_steps_after_a_resume(tmp_path):
