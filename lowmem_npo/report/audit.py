@@ -183,7 +183,7 @@ def read_audit(directory: Path) -> Audit | None:
         check_record(audit, RECORD)
         check_record(audit["forget_rows"], FORGET_ROWS)
         for data in audit["data"].values():
-            check_record(data, DATA)
+            check_record(data, {"tokenised": str})
         bytes.fromhex(audit["forget_rows"]["salt"])
     except FileNotFoundError:
         return None

@@ -378,7 +378,9 @@ def _of_answers(part: str, summary: AnswerSummary) -> str:
     said, of = said_count(summary), summary.rows
     if summary.cut == of:
         return f"the beginnings of {said} of {of} longer {part} answers"
-    return f"{said} of {of} {part} answers" + (f" (of {summary.cut} longer ones the beginning)" if summary.cut else "")
+    beginning = "its beginning" if summary.cut == 1 else "their beginnings"
+    counted = f" ({summary.cut} counted by {beginning} alone)" if summary.cut else ""
+    return f"{said} of {of} {part} answers{counted}"
 
 
 def said_count(summary: AnswerSummary) -> int:

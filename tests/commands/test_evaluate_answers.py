@@ -49,7 +49,8 @@ def last_line(capsys) -> str:
 
 def test_forms_and_headline(chat_model, data, tmp_path, capsys):
     evaluate("--model", chat_model, *data, "--leaks", "none", "--output-dir", tmp_path / "before")
-    assert last_line(capsys).startswith("On the rows measured, the model says 0 of 2 forget answers and 0 of 1 retain")
+    said = "the model says 0 of 2 forget answers (1 counted by its beginning alone) and 0 of 1 retain"
+    assert last_line(capsys).startswith(f"On the rows measured, {said}")
     answers = content(tmp_path / "before")["answers"]
     assert list(answers) == ["forget", "forget, plain", "forget, reworded", "retain"]
     assert [of_set["rows"] for of_set in answers.values()] == [2, 2, 1, 1]

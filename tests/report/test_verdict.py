@@ -357,7 +357,7 @@ def test_an_evaluation_has_a_headline_of_its_own():
     alone = judge_evaluation({"forget": cut}, {}, 50304, {}).headline
     assert "the model says the beginnings of 3 of 100 longer forget answers." in alone
     some = judge_evaluation({"forget": replace(cut, cut=40)}, {}, 50304, {}).headline
-    assert "the model says 3 of 100 forget answers (of 40 longer ones the beginning)." in some
+    assert "the model says 3 of 100 forget answers (40 counted by their beginnings alone)." in some
     (of_forget, *_) = judge_run({"before": {"forget": RECITED}, "after": {"forget": cut}}, 50304, {}).sentences
     assert of_forget.startswith("Of 100 forget answers (their beginnings alone, since they are longer), 3 appear in")
     # As many rows and tokens, and other rows all the same: known by their digests.

@@ -41,9 +41,9 @@ def write_evaluation(folder, tests, weights=None, name="evaluation", **settings)
 
 def write_run(folder, tests, weights=None, model=None):
     digest = weights or file_sha256(folder / "adapter_model.safetensors")
-    rows = {"salt": "00", "sha256": []}
+    rows = {"salt": "00", "sha256": [], "folds": None, "alternatives": None, "paraphrases": ""}
     record = {"configuration": {}, "model": model or {}, "data": {}, "forget_rows": rows, "sessions": []}
-    record["adapter"] = {"sha256": digest}
+    record |= {"adapter": {"sha256": digest}, "level_rows": None, "holdout_rows": None}
     (folder / "audit.json").write_text(json.dumps(record))
     (folder / "leaks.json").write_text(json.dumps({"before": {}, "after": tests}))
 
