@@ -345,7 +345,7 @@ def test_a_bad_file_is_named(text, message, tmp_path, capsys):
         ("merge --adpter x", "There is no option --adpter: did you mean --adapter? `lowmem-npo merge --help`"),
         ("estimate --model m --gqu t4", "There is no option --gqu: did you mean --gpu?"),
         ("sweep --model m --evalute tofu", "There is no option --evalute: did you mean --evaluate?"),
-        ("schema --jsn", "There is no option --jsn: `lowmem-npo schema --help`"),
+        ("schema --jsn", "'--jsn' belongs to no option; schema takes none"),
         ("evaluate nonsense", "'nonsense' belongs to no option"),
         ("train --model m nonsense", "'nonsense' belongs to no option"),
         ("train", "--model must be given"),
