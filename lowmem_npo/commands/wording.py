@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lowmem_npo.files import expanded
 from lowmem_npo.ranges import shortened
 
+HELP = "--help"  # of every command
 LISTED = 16  # choices that a sentence names
 
 
@@ -40,9 +41,6 @@ def _as_value(word: str, flags: Sequence[str]) -> str:
 def _is_no_flag(word: str, flags: Sequence[str]) -> bool:
     flag = word.partition("=")[0].replace("_", "-")
     return flag.startswith("--") and not {flag, flag.replace("--no-", "--", 1)} & {*flags}
-
-
-HELP = "--help"  # of every command
 
 
 def explained(box: str, flags: Sequence[str], command: str, arguments: Sequence[str]) -> str:

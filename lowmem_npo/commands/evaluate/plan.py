@@ -145,7 +145,7 @@ def plan_evaluation(
     met = dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns)
     check_some_have(met, *asked)
     examples = cache(lambda part: to_examples(sources[part], **config.columns_of(part, sources[part])))
-    digests = _digests(config, sources, model_config, tokenizer) | {THE_SIZE: size_of(architecture)}
+    digests = _digests(config, sources, examples, model_config, tokenizer) | {THE_SIZE: size_of(architecture)}
     base = Base.here(str(model_config.model), model_config.revision).weights
     settings = settings_with(config, digests, base)
     earlier, gold = Earlier.of(settings), Gold.of(settings)
@@ -345,7 +345,11 @@ def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows], exa
 
 
 def _digests(
-    config: EvaluationConfig, sources: Mapping[str, Rows], model: ModelConfig, tokenizer: PreTrainedTokenizerBase
+    config: EvaluationConfig,
+    sources: Mapping[str, Rows],
+    examples: Examples,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, str]:
     """A hash of each set, with what is read beside it, of the holdout rows that did not set the levels of the run, of
     how the tokenizer splits texts and writes conversations, of the base model's files, and of the adapter."""
@@ -354,10 +358,10 @@ def _digests(
         beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
         digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
     if config.leaks and config.adapter and "holdout" in sources:
-        rows = sources["holdout"]
-        places = judging(run_of_adapter(config.adapter).path, to_examples(rows, **config.columns_of("holdout", rows)))
-        if len(places) < len(rows.rows):
-            digests[THE_JUDGES] = json_sha256([rows.rows[place] for place in places])
+        of_holdout = sources["holdout"].rows
+        places = judging(run_of_adapter(config.adapter).path, examples("holdout"))
+        if len(places) < len(of_holdout):
+            digests[THE_JUDGES] = json_sha256([of_holdout[place] for place in places])
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     digests[THE_TOKENIZER] = json_sha256([ids, tokenizer.chat_template])
     digests[THE_MODEL] = digest_of(str(model.model), model.revision)

@@ -9,26 +9,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-import torch
 from helpers.loaded_models import loads_watched
-from helpers.rows import write_rows
-from helpers.taught_model import LIMIT, TEACHING
 from safetensors.torch import load_file, save_file
 from scipy.stats import ks_2samp
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.cli import main
-from lowmem_npo.commands.demo.teaching import fresh_model, make_tokenizer
 from lowmem_npo.commands.sweep import runs as runs_module
 from lowmem_npo.commands.sweep import taught_models
 from lowmem_npo.commands.sweep.evaluation import SweepEvaluation
-from lowmem_npo.commands.sweep.options import TeachingOptions
-from lowmem_npo.commands.sweep.taught_models import check_teaching, lessons, teach_models
-from lowmem_npo.commands.train.plan import Inputs, read_inputs
-from lowmem_npo.config import DataConfig, MemoryConfig, ModelConfig, RunConfig
-from lowmem_npo.console import silent
-from lowmem_npo.data import Template, bundled_rows, prepare, to_examples
-from lowmem_npo.errors import UserError
+from lowmem_npo.commands.sweep.taught_models import lessons
+from lowmem_npo.commands.train.plan import Inputs
+from lowmem_npo.config import DataConfig
+from lowmem_npo.data import prepare
 from lowmem_npo.evaluation.answers import evaluate_answers
 from lowmem_npo.memory import switches
 from lowmem_npo.run_directory import RunFiles
@@ -36,26 +29,6 @@ from lowmem_npo.run_directory import RunFiles
 GRID = ["--seeds", "1,2", "--grid", "forget-term=npo,ga"]
 TEACH = ["--teach", "full", "--teach-epochs", "30", "--teach-lr", "1e-2", "--teach-batch-size", "8"]
 EVALUATE = ["--evaluate", "tofu,extraction"]
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory) -> Path:
-    """base: an untaught model; forget, retain and holdout rows with TOFU's columns."""
-    folder = tmp_path_factory.mktemp("desk")
-    texts = []
-    for part in ("forget", "retain", "holdout"):
-        rows = bundled_rows(part, limit=LIMIT).rows[:4]
-        texts += ["".join(Template().render(e)) for e in to_examples(bundled_rows(part, limit=LIMIT))]
-        answers = [row["answer"] for row in rows]
-        lines = [
-            {"question": row["question"], "answer": row["answer"], "perturbed_answer": answers[:i] + answers[i + 1 :]}
-            for i, row in enumerate(rows)
-        ]
-        write_rows(folder / f"{part}.jsonl", lines)
-    tokenizer = make_tokenizer(texts, TEACHING.vocabulary)
-    tokenizer.save_pretrained(folder / "base")
-    fresh_model(tokenizer, TEACHING, 0).save_pretrained(folder / "base")
-    return folder
 
 
 def swept(desk: Path, out: Path, *more: str, teach=TEACH, grid=GRID, evaluate=EVALUATE) -> int:
@@ -414,44 +387,9 @@ def test_what_is_refused_before_anything_runs(teach, evaluate, more, message, de
     assert message in error and "\n" not in error.strip() and not out.exists()
 
 
-def test_full_teaching_that_cannot_fit_is_refused_by_what_it_takes(desk, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(desk / "base")
-    config = RunConfig(model=ModelConfig(model="m", device="cpu"))
-    large = LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128)
-    inputs = Inputs(large, tokenizer, prepare(tokenizer, DataConfig(limit=4)))
-    with pytest.raises(UserError, match=r"--teach full takes at least \d+\.\d GiB, and the machine has .* lora takes"):
-        check_teaching(config, TeachingOptions(teach="full"), inputs, tmp_path)
-
-
-@pytest.mark.parametrize("teach", ["lora", "full"])
-def test_a_taught_model_is_gone_before_the_next_one_is_loaded(teach, desk, tmp_path):
-    """Its memory switches make cycles."""
-    sources = {part: str(desk / f"{part}.jsonl") for part in ("forget", "retain")}
-    model, memory = ModelConfig(str(desk / "base"), dtype="float32", device="cpu"), MemoryConfig(tile_mlp=8)
-    config = RunConfig(model, DataConfig(**sources), memory=memory)
-    inputs = read_inputs(config, silent)
-    with loads_watched(taught_models) as still_there:
-        teach_models(config, TeachingOptions(teach, 1, 1e-3, 4), inputs, tmp_path, silent)
-    assert still_there == [0, 0]
-
-
 def test_one_model_at_a_time_is_in_memory(desk, tmp_path):
     """The base, which is taught twice; gold; the taught one, for the run and for its evaluation; three forms."""
     grid, tests = ["--seeds", "1", "--grid", "tile-mlp=8", "qlora=true"], ["--evaluate", "extraction,quantization"]
     with loads_watched(taught_models, runs_module, switches) as still_there:
         assert swept(desk, tmp_path / "out", grid=grid, evaluate=tests) == 0
     assert len(still_there) >= 8 and not any(still_there)
-
-
-def test_lora_teaching_leaves_a_whole_model(desk, tmp_path):
-    sources = {part: str(desk / f"{part}.jsonl") for part in ("forget", "retain")}
-    config = RunConfig(ModelConfig(str(desk / "base"), dtype="float32", device="cpu"), DataConfig(**sources))
-    inputs = read_inputs(config, silent)
-    teach_models(config, TeachingOptions("lora", 10, 1e-2, 4), inputs, tmp_path, silent)
-    base, taught = (AutoModelForCausalLM.from_pretrained(folder) for folder in (desk / "base", tmp_path / "taught"))
-    weights = dict(base.named_parameters())
-    changed = {name for name, weight in taught.named_parameters() if not torch.equal(weight, weights[name])}
-    assert len(changed) == 7 * TEACHING.layers and all("_proj" in name for name in changed)
-    nll = [evaluate_answers(model, inputs.tokenizer, inputs.data.forget).summary.nll for model in (base, taught)]
-    assert nll[1] < nll[0] - 0.3
-    assert not (tmp_path / "taught" / "adapter").exists() and (tmp_path / "taught" / "tokenizer.json").exists()
