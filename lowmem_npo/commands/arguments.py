@@ -19,8 +19,17 @@ from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 import tyro
 
-from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help, with_help
-from lowmem_npo.commands.spellings import ALIASES, SOURCES, as_in_trl, canonical, join_sources, our_names, with_none
+from lowmem_npo.commands.help_texts import flags_of, optional_numbers, run_options, short_help, switches_of, with_help
+from lowmem_npo.commands.spellings import (
+    ALIASES,
+    SOURCES,
+    as_in_trl,
+    canonical,
+    join_sources,
+    our_names,
+    plain_switches,
+    with_none,
+)
 from lowmem_npo.commands.trainer_options import check_flags, check_option, check_trainer_values, trainer_arguments
 from lowmem_npo.commands.wording import HELP, explained
 from lowmem_npo.commands.wrapped import Wrapped
@@ -55,7 +64,7 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
         UserError: an unreadable configuration file, an unknown flag (the nearest known one is suggested), an invalid
             value. tyro itself exits with code 2 on a malformed value of one of our flags.
     """
-    typed = join_sources(canonical(arguments))
+    typed = _spelled(arguments)
     path, typed = _take_config(typed)
     resumed = _run_to_resume(typed) if path is None and command == "train" else None
     if resumed is not None and resumed.run_yaml.is_file():
@@ -89,7 +98,9 @@ def parse_run(arguments: Sequence[str], command: str, more_flags: Sequence[str] 
 
 def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any, ...] = (), **options: Any) -> Any:
     """What tyro makes of the command line; a mistake in it, which tyro explains in a box, is a UserError."""
-    messages, arguments = io.StringIO(), with_none(our_names(arguments, flags_of(kind)), optional_numbers(kind))
+    messages, flags = io.StringIO(), flags_of(kind)
+    arguments = with_none(our_names(arguments, flags), optional_numbers(kind))
+    arguments = plain_switches(arguments, switches_of(kind), flags)
     config += (tyro.conf.HelptextFromCommentsOff,)  # `with_help` has found all texts in the source
     try:
         with redirect_stderr(messages), redirect_stdout(cast(Any, Wrapped(sys.stdout))):
@@ -97,7 +108,7 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: tuple[Any,
     except SystemExit as ended:
         if not ended.code:
             raise
-    known = [] if options.get("return_unknown_args") else [HELP, *flags_of(kind)]
+    known = [] if options.get("return_unknown_args") else [HELP, *flags]
     raise UserError(explained(messages.getvalue(), known, command, arguments))
 
 
@@ -209,7 +220,13 @@ def _flags_of_file(path: Path, ours: Sequence[str]) -> list[str]:
             flags.append(json.dumps(value))
         else:
             flags.append(str(value))
-    return join_sources(canonical(flags))
+    return _spelled(flags)
+
+
+def _spelled(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a run, spelled as ours."""
+    flags, switches = ([flag for s in SECTIONS.values() for flag in of(s)] for of in (flags_of, switches_of))
+    return join_sources(plain_switches(canonical(arguments), switches, flags))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -148,6 +148,17 @@ def optional_numbers(kind: Any) -> list[str]:
     return flags
 
 
+def switches_of(kind: Any) -> list[str]:
+    """The flags that take no value, of a dataclass and of its sections."""
+    switches: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            switches += switches_of(hint)
+        elif hint is bool:
+            switches.append(f"--{name.replace('_', '-')}")
+    return switches
+
+
 def flags_of(kind: Any) -> list[str]:
     """The flags of a dataclass, and of its sections."""
     flags: list[str] = []

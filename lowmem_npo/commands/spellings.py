@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
 
-from lowmem_npo.config import SECTIONS, TILE_ROWS
+from lowmem_npo.config import TILE_ROWS
 from lowmem_npo.errors import UserError
 
 ACCUMULATION = "--gradient-accumulation-steps"
@@ -37,11 +36,7 @@ AUTOMATIC = ("--gradient-checkpointing", "--double-quant")  # auto, on or off; a
 
 
 def canonical(arguments: Sequence[str]) -> list[str]:
-    """--some_flag=x becomes --some-flag x, aliases become our names, `--qlora true` becomes --qlora, and a flag of
-    `WITHOUT_VALUE` gets its value."""
-    switches = {
-        f.name.replace("_", "-") for s in SECTIONS.values() for f in dataclasses.fields(s) if f.type in (bool, "bool")
-    }
+    """--some_flag=x becomes --some-flag x, and aliases become our names."""
     result: list[str] = []
     for argument in arguments:
         if argument.startswith("--") and len(argument) > 2:
@@ -51,16 +46,34 @@ def canonical(arguments: Sequence[str]) -> list[str]:
             result += [f"--{name}", value] if equals else [f"--{name}"]
         else:
             result.append(argument)
-        last = result[-1].lower()
-        if (switch := last.replace("--no-", "--", 1)) in AUTOMATIC and switch != last:
-            result[-1:] = [switch, "off"]
-        if len(result) > 1 and result[-2] in AUTOMATIC and last in TRUE + FALSE:
-            result[-1] = "on" if last in TRUE else "off"
-        if len(result) > 1 and result[-2][2:] in switches and result[-2].startswith("--") and last in TRUE + FALSE:
-            switch = result[-2][2:]
-            result[-2:] = [f"--{switch}" if last in TRUE else f"--no-{switch}"]
+    return result
+
+
+def plain_switches(arguments: Sequence[str], switches: Collection[str], flags: Collection[str]) -> list[str]:
+    """`--qlora true` becomes --qlora, `--qlora=no` --no-qlora, `--no-double-quant` --double-quant off, and a flag of
+    `WITHOUT_VALUE` gets its value. flags: those that there are; switches: those of them that take no value."""
+    automatic, alone = ({*those} & {*flags} for those in (AUTOMATIC, WITHOUT_VALUE))
+    opposite = {f"--no-{flag[2:]}": flag for flag in automatic}
+    parted: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if (ours := flag.replace("_", "-")) in {*switches, *automatic, *alone, *opposite}:
+            parted += [ours, value] if equals else [ours]
+        else:
+            parted.append(argument)
+    result: list[str] = []
+    for argument in parted:
+        last, said = result[-1] if result else "", argument.lower()
+        if last in switches and said in TRUE + FALSE:
+            result[-1] = last if said in TRUE else f"--no-{last[2:]}"
+        elif last in automatic and said in TRUE + FALSE:
+            result.append("on" if said in TRUE else "off")
+        elif argument in opposite:
+            result += [opposite[argument], "off"]
+        else:
+            result.append(argument)
     for at in range(len(result) - 1, -1, -1):
-        if result[at] in WITHOUT_VALUE and (at + 1 == len(result) or result[at + 1].startswith("--")):
+        if result[at] in alone and (at + 1 == len(result) or result[at + 1].startswith("--")):
             result.insert(at + 1, WITHOUT_VALUE[result[at]])
     return result
 

@@ -76,6 +76,27 @@ def test_spellings(typed, name, value):
     assert parse_run(typed, "train").flat()[name] == value
 
 
+@pytest.mark.parametrize(
+    "typed, name, value",
+    [
+        (["--qlora", "true"], "qlora", True),
+        (["--load_in_4bit=True"], "qlora", True),
+        (["--load-in-4bit", "no"], "qlora", False),
+        (["--double-quant", "--qlora"], "double_quant", "on"),
+        (["--no_double_quant"], "double_quant", "off"),
+        (["--double_quant=false"], "double_quant", "off"),
+        (["--double_quant"], "double_quant", "on"),
+        (["--double-quant", "auto"], "double_quant", "auto"),
+        (["--stream_weights", "yes"], "stream_weights", True),
+    ],
+)
+def test_switches_are_spelled_alike_in_all_commands(typed, name, value):
+    for command in ("train", "estimate", "sweep"):
+        assert parse_run(["--model", "m", *typed], command).flat()[name] == value
+    for kind, arguments in {AskOptions: ["run"], EvaluationConfig: ["--model", "m"]}.items():
+        assert getattr(parse_options(kind, [*arguments, *typed], "c"), name) == value
+
+
 @pytest.mark.parametrize("value", ["None", "none", "null", "off", "no", "false"])
 def test_a_number_is_left_out_in_any_of_these_words(value, tmp_path):
     file = tmp_path / "run.yaml"
@@ -343,6 +364,7 @@ def test_a_bad_file_is_named(text, message, tmp_path, capsys):
         ),
         ("evaluate --adpter x --limit 2", "There is no option --adpter: did you mean --adapter?"),
         ("merge --adpter x", "There is no option --adpter: did you mean --adapter? `lowmem-npo merge --help`"),
+        ("ask r Who? --templte=plain", "There is no option --templte=plain: did you mean --template? `lowmem-npo ask"),
         ("estimate --model m --gqu t4", "There is no option --gqu: did you mean --gpu?"),
         ("sweep --model m --evalute tofu", "There is no option --evalute: did you mean --evaluate?"),
         ("schema --jsn", "'--jsn' belongs to no option; schema takes none"),
