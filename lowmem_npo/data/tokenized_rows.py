@@ -45,7 +45,27 @@ class _Rows(Sequence[TokenizedRow]):
         return [self.rows[i] for i in range(len(self))[index]] if isinstance(index, slice) else self.rows[index]
 
 
-class TokenizedRows(_Rows):
+class KnownByText:
+    """What is known of rows by their texts, whatever ids these become."""
+
+    def __init__(self, examples: Sequence[Example]):
+        self.examples = list(examples)
+
+    @cached_property
+    def facts(self) -> list[int]:
+        """The first row that says what each does: one for rows that are the same, for the two forms of
+        `--template both`, and for a passage as a completion and as a text."""
+        return first_alike(
+            [("row", example.where), *keys] for example, keys in zip(self.examples, keys_of(self.examples), strict=True)
+        )
+
+    @cached_property
+    def near(self) -> dict[int, set[int]]:
+        """Row -> the others that share text with it (`sharing_text`)."""
+        return sharing_text(self.examples)
+
+
+class TokenizedRows(KnownByText, _Rows):
     """All rows of one part (forget or retain), tokenised, in the order of their examples.
 
     cut: how many tokens truncation removed from the end of each row.
@@ -65,7 +85,8 @@ class TokenizedRows(_Rows):
         literal: int = 0,
         positions: int | None = None,
     ):
-        self.rows, self.examples, self.cut, self.max_length = rows, list(examples), cut, max_length
+        super().__init__(examples)
+        self.rows, self.cut, self.max_length = rows, cut, max_length
         self.repeated, self.literal, self.positions = repeated, literal, positions
 
     def apart_from(self, others: Sequence[Example]) -> list[TokenizedRow]:
@@ -73,19 +94,6 @@ class TokenizedRows(_Rows):
         held = {text for example in others for text in texts_of(example)}
         pairs = zip(self.rows, self.examples, strict=True)
         return [row for row, example in pairs if held.isdisjoint(texts_of(example))]
-
-    @cached_property
-    def facts(self) -> list[int]:
-        """The first row that says what each does: one for rows that are the same, for the two forms of
-        `--template both`, and for a passage as a completion and as a text."""
-        return first_alike(
-            [("row", example.where), *keys] for example, keys in zip(self.examples, keys_of(self.examples), strict=True)
-        )
-
-    @cached_property
-    def near(self) -> dict[int, set[int]]:
-        """Row -> the others that share text with it (`sharing_text`)."""
-        return sharing_text(self.examples)
 
     @property
     def num_tokens(self) -> int:

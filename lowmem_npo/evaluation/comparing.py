@@ -26,7 +26,7 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     differ = [f"{name} {earlier[name]!r}" for name in changed_options(earlier, now, EvaluationConfig.compared())]
     if another_tokenizer(earlier, now):
         differ.append(ANOTHER_TOKENIZER)
-    return differ + [f"other {part} rows" for part in _other_rows(earlier, now.get("digests", {}))]
+    return differ + [f"other {part} rows" for part in _other_rows(earlier, now)]
 
 
 def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
@@ -37,7 +37,7 @@ def other_sets(earlier: Mapping[str, Any], now: Mapping[str, Any], but: Iterable
     digests = now.get("digests", {})
     if another_tokenizer(earlier, now) or changed_options(earlier, now, names):
         return _sets(digests)
-    return _other_rows(earlier, digests)
+    return _other_rows(earlier, now)
 
 
 def another_tokenizer(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -73,7 +73,9 @@ def measured_otherwise(run: Mapping[str, Any], settings: Mapping[str, Any]) -> d
     own = {**json.loads(json.dumps(asdict(LeakOptions()))), **run}
     if own.get("max_new_tokens") is None or settings.get("max_new_tokens") is None:  # what that became is not known
         own.pop("max_new_tokens", None)
-    flags = loaded_otherwise(run, settings) + (["--holdout"] if settings.get(OTHER_HOLDOUT) else [])
+    levels = [of.get("forget_level", "none") for of in (run, settings)]
+    holdout = "--forget-level" if levels == ["none", "holdout"] else "--holdout"
+    flags = loaded_otherwise(run, settings) + ([holdout] if settings.get(OTHER_HOLDOUT) else [])
     others = {test.name: flags + other_options(own, settings, test, ()) for test in measured_leaks(settings)}
     return {name: of_test for name, of_test in others.items() if of_test}
 
@@ -100,17 +102,23 @@ def changed_options(earlier: Mapping[str, Any], now: Mapping[str, Any], names: I
 
 
 def check_same_sets(files: EvaluationFiles, digests: Mapping[str, str]) -> None:
-    """Raises UserError where the evaluation in `files` is known to be of other rows than those that `digests` tell."""
-    for part in _other_rows(settings_of(str(files.result)) or {"digests": {}}, digests):
-        raise has_changed(part, files.path)
+    """Raises UserError where the evaluation in `files` is known to be of other sets than those that `digests` tell,
+    whichever of their rows it measured."""
+    earlier = settings_of(str(files.result)) or {"digests": {}}
+    for part in _sets(digests):
+        if changed(part, earlier, digests):
+            raise has_changed(part, files.path)
 
 
-def _other_rows(earlier: Mapping[str, Any], digests: Mapping[str, str]) -> list[str]:
-    measured = _measured(digests)
-    return [part for part in _sets(digests) if changed(part, {"digests": _measured(earlier["digests"])}, measured)]
+def _other_rows(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The sets that are known to have had other rows: of the holdout by those that leak tests measured, if both did."""
+    then, digests = earlier["digests"], now.get("digests", {})
+    if earlier.get("leaks") and now.get("leaks"):
+        then, digests = of_measured_rows(then), of_measured_rows(digests)
+    return [part for part in _sets(digests) if changed(part, {"digests": then}, digests)]
 
 
-def _measured(digests: Mapping[str, str]) -> dict[str, str]:
+def of_measured_rows(digests: Mapping[str, str]) -> dict[str, str]:
     """The same, of the holdout that of the rows that leak tests measured."""
     return {**digests, **({"holdout": digests[THE_JUDGES]} if THE_JUDGES in digests else {})}
 

@@ -24,8 +24,8 @@ from lowmem_npo.records import check_record
 from lowmem_npo.run_directory import EvaluationFiles, check_empty, from_here, remember_start
 
 # Among the digests of settings.json, beside the sets. Of the base there are its weights alone, wherever they lie, and
-# its architecture and size in words; of the holdout also the rows that leak tests measure, where some of it set the
-# levels of the run (--forget-level).
+# its architecture and size in words; of the holdout also the rows that leak tests measure, where they are those by
+# which a run with --forget-level is judged.
 THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE = "the model", "the tokenizer", "the adapter", "the base"
 THE_SIZE = "the architecture and size"
 THE_JUDGES = "the part of the holdout that is measured"
@@ -112,6 +112,8 @@ class EvaluationDirectory(EvaluationFiles):
                 f"--resume: the evaluation in '{self.path}' began with other settings ({'; '.join(changed)}): "
                 "use those, or start anew."
             )
+        if has_other_judges(began, self.config.leaks, self.digests):
+            raise has_changed(THE_JUDGES, self.path)
 
     def save(self, evaluation: Evaluation) -> None:
         """evaluation.json, the scored rows, and what benchmarks write by themselves."""
@@ -151,13 +153,14 @@ def settings_to_resume(files: EvaluationFiles) -> dict[str, Any]:
 
 def kept_options(options: EvaluationOptions) -> dict[str, Any]:
     """The options with which the evaluation that `options` resume began, for those that are not given now: all that it
-    may not change, --any-base of its model, and its leak tests. Data, where none is named, is that of the adapter's run
-    once more, unless other data was named.
+    may not change, --any-base of its model, and its leak tests with their --forget-level. Data, where none is named, is
+    that of the adapter's run once more, unless other data was named.
 
     Raises UserError as `settings_to_resume` does.
     """
     settings = settings_to_resume(EvaluationFiles(path_of(options)))
-    kept = {f.name for f in fields(EvaluationConfig)} - (EvaluationConfig.may_change() - {"any_base", "leaks"})
+    not_kept = EvaluationConfig.may_change() - {"any_base", "leaks", "forget_level"}
+    kept = {f.name for f in fields(EvaluationConfig)} - not_kept
     if not names_data(options) and not settings.get(DATA_NAMED, False):
         kept -= EvaluationConfig.sources().keys()
     values = {name: settings[name] for name in kept if name in settings}
@@ -201,6 +204,13 @@ def compared_with(files: EvaluationFiles) -> dict[str, Any]:
         return {}
     settings = _read(files, {OTHER_ROWS: bool, OTHER_HOLDOUT: bool, **dict.fromkeys(COMPARED, str | None)})
     return _places_from_here(files, settings, COMPARED)
+
+
+def has_other_judges(began: Mapping[str, Any], leaks: Collection[str], digests: Mapping[str, str]) -> bool:
+    """Whether leak tests measured another part of the same holdout in the evaluation whose settings.json holds `began`
+    than these would: the journal, which knows rows by their places, cannot tell."""
+    measured = all(of and "holdout" in read for of, read in ((began.get("leaks"), began["digests"]), (leaks, digests)))
+    return measured and began["digests"].get(THE_JUDGES) != digests.get(THE_JUDGES)
 
 
 def has_changed(name: str, directory: Path) -> UserError:

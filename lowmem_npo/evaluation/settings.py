@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelOptions, StreamOptions
+from lowmem_npo.config.objective import ForgetLevel
 from lowmem_npo.data.chat import TODAY
 from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import has_paraphrases
@@ -56,6 +57,9 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     leaks: tuple[str, ...] = ()
     """Tests of what the model still gives away of the forget rows; all, or none, the default. They compare with
     --holdout."""
+    forget_level: ForgetLevel = "none"
+    """holdout: the leak tests compare with that half of --holdout by which a run of `train --forget-level holdout` is
+    judged, so that a base or gold model can be compared with the run. Its --adapter is judged by that half anyway."""
     before: str | None = None
     """evaluation.json of the model before unlearning: the tables then show both, and MMLU is checked against it."""
     output_dir: str | None = None
@@ -83,16 +87,22 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         super().__post_init__()
         leak_tests(self.leaks)
         if self.adapter is None:  # else its run may name them
-            self.check_forget()
+            self.check_sets()
+        if self.forget_level != "none" and not self.leaks and not self.resume:  # which keeps it, whatever is left out
+            raise UserError("--forget-level says which holdout rows the leak tests compare with: add --leaks.")
         if self.mia_gradnorm and not self.leaks:
             raise UserError("--mia-gradnorm is measured on the rows of the leak tests: add --leaks membership.")
         for options in {*(test.options for test in LEAK_TESTS), *(benchmark.options for benchmark in BENCHMARKS)}:
             options.check(self)
 
-    def check_forget(self) -> None:
-        """Raises UserError for leak tests without forget rows."""
-        if self.leaks and self.forget is None and not self.bundled:
+    def check_sets(self) -> None:
+        """Raises UserError for leak tests without forget rows, and for a half of no holdout."""
+        if not self.leaks or self.bundled:
+            return
+        if self.forget is None:
             raise UserError("--leaks looks for what is left of the forget rows: name them with --forget.")
+        if self.forget_level != "none" and self.holdout is None:
+            raise UserError("--forget-level holdout compares with a half of the holdout: name it with --holdout.")
 
     def from_run(self, run: Mapping[str, Any]) -> list[str]:
         """The sets that are those of `run`: all where no data is named, and those that are not where leak tests need
@@ -127,9 +137,10 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
 
     @classmethod
     def may_change(cls) -> set[str]:
-        """Options that a resumed evaluation may change; what would change a figure must stay as it was."""
+        """Options that a resumed evaluation may change; what would change a figure must stay as it was: of the holdout
+        the digests tell."""
         own = {f.name for f in fields(cls) if FREE in f.metadata}
-        of_results = {"output_dir", "resume", "before", "any_base", "leaks", "forms", "dry_run"}
+        of_results = {"output_dir", "resume", "before", "any_base", "leaks", "forget_level", "forms", "dry_run"}
         of_device = {"batch_size", "device", "quantized_cache", *(f.name for f in fields(StreamOptions))}
         return of_results | of_device | own
 

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lowmem_npo.evaluation.comparing import changed_options, loaded_otherwise, measured_otherwise, other_options
+from lowmem_npo.evaluation.comparing import (
+    changed_options,
+    loaded_otherwise,
+    measured_otherwise,
+    of_measured_rows,
+    other_options,
+)
 from lowmem_npo.evaluation.figures import at
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakResults
 from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
@@ -73,8 +79,11 @@ def measured_with_other(test: str, earlier: Tested, later: Tested) -> list[str]:
     if earlier.evaluation is None:
         return measured_otherwise(earlier.settings, later.settings).get(test, [])
     then, now = (one.settings.get("digests", {}) for one in (earlier, later))
+    same_holdout = then.get("holdout") == now.get("holdout")  # of which either may have measured a half
+    then, now = of_measured_rows(then), of_measured_rows(now)
     others = [part for part in ("retain", "holdout") if part in then and then[part] != now.get(part)]
-    flags = loaded_otherwise(earlier.settings, later.settings) + (["--holdout"] if "holdout" in others else [])
+    flags = loaded_otherwise(earlier.settings, later.settings)
+    flags += ["--forget-level" if same_holdout else "--holdout"] if "holdout" in others else []
     flags += [f"--{name}" for name in changed_options(earlier.settings, later.settings, ["seed"])]
     return flags + other_options(earlier.settings, later.settings, of_test, others)
 

@@ -23,6 +23,7 @@ from peft import PeftModel
 
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data import PreparedData, TokenizedRows
+from lowmem_npo.data.tokenized_rows import KnownByText
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 from lowmem_npo.files import load_json, write_json
@@ -36,14 +37,11 @@ def halved(data: PreparedData, say: Say = silent) -> PreparedData:
     """`data` with half of its holdout in `level_rows`, and the other half as its holdout. How many rows share text with
     one of the other half is said.
 
-    Raises:
-        UserError: fewer than two rows that say different things.
+    Raises UserError as `halves` does.
     """
     rows = data.holdout
-    if rows is None or len({*rows.facts}) < 2:
-        number = "is none" if rows is None else "is one" if len(rows) == 1 else f"are {len(rows)} that say the same"
-        raise UserError(f"--forget-level holdout needs rows for its levels and others to be judged by; there {number}.")
-    sets_levels, judges = _halves(rows)
+    sets_levels, judges = halves(rows)
+    assert rows is not None, "checked by `halves`"
     if shared := split_texts(rows, (sets_levels, judges)):
         say(
             f"--forget-level holdout: {shared} of {len(rows)} holdout rows share text with one of the other half, "
@@ -57,13 +55,22 @@ def halved(data: PreparedData, say: Say = silent) -> PreparedData:
     return replace(data, level_rows=level_rows, holdout=_of(rows, judges))
 
 
-def _halves(rows: TokenizedRows) -> list[list[int]]:
-    """The places of the rows that set levels, the smaller half, and of those that judge. What shares text stays
-    together; a document is cut only where the halves would not be even else."""
+def halves(rows: KnownByText | None) -> list[list[int]]:
+    """The places of the holdout rows that set levels, the smaller half, and of those that judge: by their texts alone,
+    so that `evaluate` divides them as training does. What shares text stays together; a document is cut only where the
+    halves would not be even else.
+
+    Raises:
+        UserError: fewer than two rows that say different things.
+    """
+    number = 0 if rows is None else len(rows.facts)
+    if rows is None or len({*rows.facts}) < 2:
+        few = "is none" if not number else "is one" if number == 1 else f"are {number} that say the same"
+        raise UserError(f"--forget-level holdout needs rows for its levels and others to be judged by; there {few}.")
     groups = partial(runs_of, rows)
-    if len({*groups(2)}) < len(rows):
-        return sorted(divided(len(rows), 2, SEED, groups), key=len)
-    order, half = np.random.default_rng(SEED).permutation(len(rows)).tolist(), len(rows) // 2
+    if len({*groups(2)}) < number:
+        return sorted(divided(number, 2, SEED, groups), key=len)
+    order, half = np.random.default_rng(SEED).permutation(number).tolist(), number // 2
     return [sorted(order[:half]), sorted(order[half:])]
 
 

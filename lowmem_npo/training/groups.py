@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from lowmem_npo.data import TokenizedRow, TokenizedRows
-from lowmem_npo.data.tokenized_rows import KnownByIds
+from lowmem_npo.data.tokenized_rows import KnownByIds, KnownByText
 from lowmem_npo.errors import UserError
 from lowmem_npo.training.layered import divide
 
@@ -61,21 +61,22 @@ def groups_of(rows: Sequence[TokenizedRow], known: TokenizedRows | KnownByIds, p
     ]
 
 
-def runs_of(rows: TokenizedRows, parts: int) -> list[int]:
+def runs_of(rows: KnownByText, parts: int) -> list[int]:
     """The run of each row, which its first row names: of all rows that share text, or pieces of these, such as long
     documents, that are no larger than one of so many parts of all rows; rows that say the same are in one."""
     from scipy.sparse import coo_array  # late: most runs do without
     from scipy.sparse.csgraph import connected_components
 
+    number = len(rows.facts)
     near = [(row, other) for row, others in rows.near.items() for other in others]
-    links = coo_array((np.ones(len(near)), tuple(np.array(near).reshape(-1, 2).T)), shape=(len(rows), len(rows)))
+    links = coo_array((np.ones(len(near)), tuple(np.array(near).reshape(-1, 2).T)), shape=(number, number))
     _, document = connected_components(links, directed=False)
     facts: dict[int, list[int]] = {}
     for place in dict.fromkeys(rows.facts):
         facts.setdefault(document[place], []).append(place)
     sizes, runs = Counter(document), dict[int, int]()
     for of, its_facts in facts.items():
-        pieces = min(len(its_facts), math.ceil(sizes[of] * parts / len(rows)))
+        pieces = min(len(its_facts), math.ceil(sizes[of] * parts / number))
         for piece in np.array_split(its_facts, pieces):
             runs |= dict.fromkeys(piece.tolist(), int(piece[0]))
     return [runs[fact] for fact in rows.facts]

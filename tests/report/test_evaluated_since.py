@@ -16,11 +16,13 @@ from lowmem_npo.cli import main
 from lowmem_npo.commands.evaluate.plan import plan_evaluation
 from lowmem_npo.console import silent
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.directory import THE_JUDGES
 from lowmem_npo.evaluation.settings import EvaluationConfig
 from lowmem_npo.files import file_sha256
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.files import write_report
 from lowmem_npo.report.model_card import model_card
+from lowmem_npo.report.run_leaks import Tested, measured_with_other
 
 
 def test_a_later_evaluation_is_included(own_run, tmp_path):
@@ -252,6 +254,18 @@ def test_another_holdout_takes_nothing_back(byte_model, data, tmp_path, capsys):
         given = {**sets, "holdout": file, "leaks": ("extraction",), "dtype": "float32", "device": "cpu"}
         plan = plan_evaluation(EvaluationConfig(adapter=str(run), **given), silent)
         assert plan.directory.beside_options["other_holdout"] == (name != "same"), name
+
+
+def test_half_of_a_holdout_is_another_one():
+    """Than the whole one, not than the same half of which the record of the adapter's run tells."""
+    common = {"leaks": ["extraction"], "forget_level": "none"}
+    whole = Tested({**common, "digests": {"holdout": "a"}}, {}, "whole")
+    recorded = Tested({**common, "digests": {"holdout": "a", THE_JUDGES: "b"}}, {}, "recorded")
+    half = Tested({**recorded.settings, "forget_level": "holdout"}, {}, "half")
+    other = Tested({**common, "digests": {"holdout": "c"}}, {}, "other")
+    assert measured_with_other("extraction", whole, half) == ["--forget-level"]
+    assert measured_with_other("extraction", recorded, half) == []
+    assert measured_with_other("extraction", other, half) == ["--holdout"]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from lowmem_npo.console import silent
 from lowmem_npo.data import prepare
 from lowmem_npo.data.overlap import sharing_text
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.directory import THE_JUDGES
 from lowmem_npo.files import load_json
 from lowmem_npo.model import attach_lora, load_model
 from lowmem_npo.run_directory import EvaluationFiles
@@ -152,6 +153,10 @@ def test_evaluate_judges_by_the_rows_that_judged_the_run(kind, taught_model, tmp
     evaluation = json.loads((out / "evaluation.json").read_text())
     assert evaluation["leaks"]["membership"]["holdout_rows"] == judges
     assert not load_json(EvaluationFiles(out).settings)["other_holdout"]
+    of_base = ["--model", str(taught_model), "--forget-level", "holdout", "--output-dir", str(tmp_path / "base")]
+    assert main(["evaluate", *given[2:], *of_base]) == 0
+    of_run, of_base = (load_json(EvaluationFiles(place).settings)["digests"] for place in (out, tmp_path / "base"))
+    assert of_run[THE_JUDGES] == of_base[THE_JUDGES]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from lowmem_npo.data.general_rows import bundled_general, general_rows, is_gener
 from lowmem_npo.data.overlap import find_overlap, is_also
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.data.schemas import check_some_have
+from lowmem_npo.data.tokenized_rows import KnownByText
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
 from lowmem_npo.evaluation.benchmarks.contract import Benchmark, Context, Selection
@@ -53,6 +54,7 @@ from lowmem_npo.report.as_audited import are_others, is_other_holdout, judging, 
 from lowmem_npo.run_directory import AdapterFiles, run_of_adapter
 from lowmem_npo.sizes import first_of
 from lowmem_npo.sources import data_names
+from lowmem_npo.training.forget_level import halves
 
 # Tells tokenizers apart, but not two of which one knows more special tokens.
 PROBE = "The 3 quick-brown foxes' café: 12,345.67 –\t東京の猫, кошка, हिन्दी, العربية 🙂\n\n    return x**2  # naïve"
@@ -134,7 +136,7 @@ def plan_evaluation(
     asked = config.named_columns if only is None else (None, None)  # a sweep's are its runs', of their rows
     data_named = not config.bundled
     config = as_begun(config.completed(run))
-    config.check_forget()
+    config.check_sets()
     architecture = load_config(model_config)
     for line in model_notes(architecture, model_config):
         say(line)
@@ -145,7 +147,8 @@ def plan_evaluation(
     met = dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns)
     check_some_have(met, *asked)
     examples = cache(lambda part: to_examples(sources[part], **config.columns_of(part, sources[part])))
-    digests = _digests(config, sources, examples, model_config, tokenizer) | {THE_SIZE: size_of(architecture)}
+    judges = _judges(config, examples("holdout")) if config.leaks and "holdout" in sources else None
+    digests = _digests(config, sources, judges, model_config, tokenizer) | {THE_SIZE: size_of(architecture)}
     base = Base.here(str(model_config.model), model_config.revision).weights
     settings = settings_with(config, digests, base)
     earlier, gold = Earlier.of(settings), Gold.of(settings)
@@ -165,7 +168,7 @@ def plan_evaluation(
     for benchmark in BENCHMARKS:
         benchmark.check(config)
     selected = [chosen for chosen in _select(sources, context) if only is None or chosen[0].name in only]
-    leak_rows, attacker = _select_for_leaks(sources, examples, context, run.get("allow_overlap", False))
+    leak_rows, attacker = _select_for_leaks(sources, examples, judges, context, run.get("allow_overlap", False))
     if leak_rows:
         for test in leak_tests(config.leaks):
             test.check_rows(config, {part: len(selection.rows) for part, selection in leak_rows.items()})
@@ -174,7 +177,7 @@ def plan_evaluation(
     if context.fit is not None and (remark := context.fit.remark(context.longest)) is not None:
         say(remark)
     config = context.config = with_streaming(config, model_config, architecture, selected, context, say)
-    other_holdout = _is_other_holdout(config, sources, examples)
+    other_holdout = _is_other_holdout(config, judges)
     directory = EvaluationDirectory(config, digests, others, data_named, other_holdout, from_run)
     return EvaluationPlan(directory, model_config, context, sources, selected, leak_rows, attacker, gold, base)
 
@@ -247,10 +250,10 @@ def _select(sources: Mapping[str, Rows], context: Context) -> list[tuple[Benchma
 
 
 def _select_for_leaks(
-    sources: Mapping[str, Rows], read: Examples, context: Context, allow_overlap: bool
+    sources: Mapping[str, Rows], read: Examples, judges: Judges | None, context: Context, allow_overlap: bool
 ) -> tuple[dict[str, Selection], Attacker]:
-    """The rows of the leak tests, whatever their benchmark: "forget", and "holdout" if there is one; and what else they
-    may use. Empty if there are no leak tests.
+    """The rows of the leak tests, whatever their benchmark: "forget", and the judges of "holdout" if there is one; and
+    what else they may use. Empty if there are no leak tests.
 
     Raises UserError if the holdout has rows of the forget or the retain set, unless the run was allowed to.
     """
@@ -266,9 +269,11 @@ def _select_for_leaks(
             if not allow_overlap:
                 raise UserError(f"{shared} that the model was never taught: remove them from one of the two.")
             context.notes.append(f"{shared} that the model was never taught (the run had --allow-overlap).")
+    if judges and judges.note:
+        context.notes.append(judges.note)
     selected, measured = {}, dict[str, list[Example]]()
     for part, of_part in examples.items():
-        among = _judging(config, of_part, context) if part == "holdout" else [*range(len(of_part))]
+        among = judges.places if judges and part == "holdout" else [*range(len(of_part))]
         places = [among[i] for i in context.choose(len(among))]
         measured[part] = chosen = [of_part[i] for i in places]
         rows = tokenize(chosen, context.tokenizer, max_length=config.tokens_per_row, template=context.template)
@@ -286,20 +291,32 @@ def _select_for_leaks(
     return selected, attacker
 
 
-def _judging(config: EvaluationConfig, holdout: Sequence[Example], context: Context) -> list[int]:
-    """Places of the holdout rows that the adapter may be compared with."""
-    if config.adapter is None:
-        return [*range(len(holdout))]
-    places = judging(run_of_adapter(config.adapter).path, holdout)
+class Judges(NamedTuple):
+    """The holdout rows that leak tests compare with, by their places. note: on those that are left out, if any are."""
+
+    places: list[int]
+    examples: list[Example]
+    note: str | None
+
+
+def _judges(config: EvaluationConfig, holdout: Sequence[Example]) -> Judges:
+    """Those that did not set the levels of the adapter's run; where none of them did, all, or, under --forget-level,
+    the half by which a run is judged.
+
+    Raises UserError where there are none.
+    """
+    places, what = [*range(len(holdout))], "set the levels of the run (--forget-level) and"
+    if config.adapter:
+        places = judging(run_of_adapter(config.adapter).path, holdout)
     if not places:
         raise UserError(
             "--holdout: all of its rows set the levels of the run (--forget-level): name others to judge by."
         )
-    if set_levels := len(holdout) - len(places):
-        context.notes.append(
-            f"{set_levels} of {len(holdout)} holdout rows set the levels of the run (--forget-level) and are left out."
-        )
-    return places
+    if config.forget_level == "holdout" and len(places) == len(holdout):
+        (_, places), what = halves(KnownByText(holdout)), "would set the levels of a run with --forget-level, and"
+    left_out = len(holdout) - len(places)
+    note = f"{left_out} of {len(holdout)} holdout rows {what} are left out." if left_out else None
+    return Judges(places, [holdout[place] for place in places], note)
 
 
 def _forms(
@@ -332,14 +349,12 @@ def _are_others(config: EvaluationConfig, sources: Mapping[str, Rows], examples:
         return False
 
 
-def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows], examples: Examples) -> bool:
+def _is_other_holdout(config: EvaluationConfig, judges: Judges | None) -> bool:
     """Whether leak tests compare with a holdout that is known to be another than that of the run of --adapter."""
     if config.adapter is None or not config.leaks:
         return False
-    run, holdout = run_of_adapter(config.adapter).path, examples("holdout") if "holdout" in sources else None
     try:
-        judges = None if holdout is None else [holdout[place] for place in judging(run, holdout)]
-        return is_other_holdout(run, judges)
+        return is_other_holdout(run_of_adapter(config.adapter).path, judges and judges.examples)
     except UserError:  # the record is damaged, as the report says
         return False
 
@@ -347,21 +362,19 @@ def _is_other_holdout(config: EvaluationConfig, sources: Mapping[str, Rows], exa
 def _digests(
     config: EvaluationConfig,
     sources: Mapping[str, Rows],
-    examples: Examples,
+    judges: Judges | None,
     model: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, str]:
-    """A hash of each set, with what is read beside it, of the holdout rows that did not set the levels of the run, of
-    how the tokenizer splits texts and writes conversations, of the base model's files, and of the adapter."""
+    """A hash of each set, with what is read beside it, of the holdout rows that leak tests compare with, where they are
+    not all of them, of how the tokenizer splits texts and writes conversations, of the base model's files, and of the
+    adapter."""
     digests = {}
     for part, rows in sources.items():
         beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
         digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
-    if config.leaks and config.adapter and "holdout" in sources:
-        of_holdout = sources["holdout"].rows
-        places = judging(run_of_adapter(config.adapter).path, examples("holdout"))
-        if len(places) < len(of_holdout):
-            digests[THE_JUDGES] = json_sha256([of_holdout[place] for place in places])
+    if judges and judges.note:
+        digests[THE_JUDGES] = json_sha256([sources["holdout"].rows[place] for place in judges.places])
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     digests[THE_TOKENIZER] = json_sha256([ids, tokenizer.chat_template])
     digests[THE_MODEL] = digest_of(str(model.model), model.revision)

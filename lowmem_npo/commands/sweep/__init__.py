@@ -48,6 +48,8 @@ as sweep.md, sweep.csv (a line per run), sweep_means.csv, sweep.json and sweep.p
   --evaluate-forget FILE, --evaluate-retain FILE
                             the rows evaluated, where they are not those trained on
   --evaluate-limit N        N rows of each set, the same ones for every run
+                            Where any run has --forget-level holdout, the leak tests of all compare with the half of the
+                            holdout that judges it
 
 The runs share one loaded model: each gets a fresh adapter, which is removed when it ends. They also share one cached
 reference (--reference cached, in OUTPUT-DIR/reference): a row goes through the original model once, in the first run
@@ -86,6 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     check_small_tables(config.data)
     runs = plan_sweep(points, parse_seeds([*chain(*swept.seeds)] or ["5"], config.training.seed), parse, print)
     check_inputs(config.model.model, *data, revision=config.model.revision)
+    evaluation = evaluation and evaluation.beside([run.config for run in runs])
     root, taught = config.output_dir, teaching if teaching.teach else None
     if config.output.dry_run:
         print("\n".join(str(run.directory) for run in runs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from lowmem_npo.commands.spellings import join_sources
 from lowmem_npo.commands.sweep.figures import GOLD, Column
 from lowmem_npo.commands.sweep.options import EvaluationSources
 from lowmem_npo.config import RunConfig
+from lowmem_npo.config.objective import ForgetLevel
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.errors import UserError
@@ -24,7 +24,7 @@ from lowmem_npo.evaluation.benchmarks.plain import PLAIN
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkOptions
 from lowmem_npo.evaluation.benchmarks.tofu import TOFU
 from lowmem_npo.evaluation.comparing import check_same_sets
-from lowmem_npo.evaluation.directory import COMPARED, THE_SIZE, is_of_adapter
+from lowmem_npo.evaluation.directory import COMPARED, THE_SIZE, has_other_judges, is_of_adapter, settings_of
 from lowmem_npo.evaluation.earlier import leaks_before
 from lowmem_npo.evaluation.leaks.attack import HOLDOUT
 from lowmem_npo.evaluation.leaks.beside_before import conclusive
@@ -42,7 +42,10 @@ ALL_LEAKS = "leaks"
 # Of each benchmark and leak test; a benchmark with the name of a leak test goes by its group.
 NAMES: dict[str, Benchmark] = {(b.group if b.name in LEAK_NAMES else b.name): b for b in BENCHMARKS}
 # Options of an evaluation that are not those of the runs.
-OWN = ("model", "adapter", "any_base", "limit", "seed", "leaks", "before", "output_dir", "resume", "batch_size")
+OWN = (
+    "model", "adapter", "any_base", "limit", "seed", "leaks", "forget_level", "before", "output_dir", "resume",
+    "batch_size",
+)  # fmt: skip
 OF_TOKENS = ("exact_", "extraction_", "mia_", "privleak")  # of open-unlearning's figures
 
 SweepEvaluationOptions = make_dataclass(
@@ -53,12 +56,13 @@ SweepEvaluationOptions = make_dataclass(
 @dataclass(frozen=True)
 class SweepEvaluation:
     """benchmarks, leaks: what is measured. sources: --evaluate-forget and its like. options: those of the benchmarks
-    and the leak tests."""
+    and the leak tests. forget_level: with which half of the holdout leak tests compare, in every run of the sweep."""
 
     benchmarks: Mapping[str, Benchmark]
     leaks: Sequence[LeakTest]
     sources: EvaluationSources
     options: Mapping[str, Any]
+    forget_level: ForgetLevel = "none"
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> tuple[SweepEvaluation, list[str]]:
@@ -79,6 +83,12 @@ class SweepEvaluation:
         options = {f.name: getattr(parsed, f.name) for f in fields(parsed) if f.name not in own}
         check_file("--retained-log", options["retained_log"])
         return cls({name: NAMES[name] for name in NAMES if name in names}, leaks, sources, options), rest
+
+    def beside(self, runs: Sequence[RunConfig]) -> SweepEvaluation:
+        """The same for a sweep of these runs: if one of them is judged by half of its holdout, then so are all, and the
+        models before and gold, or the lines of a table could not be compared."""
+        halved = any(run.objective.forget_level == "holdout" for run in runs)
+        return replace(self, forget_level="holdout" if halved else "none")
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +129,7 @@ class SweepEvaluation:
             any_base=True,  # the run's own, wherever it lies by now
             limit=self.sources.evaluate_limit,
             leaks=tuple(test.name for test in leaks),
+            forget_level=self.forget_level if leaks and flat["holdout"] is not None else "none",
             batch_size=run.output.eval_batch_size,
             output_dir=str(files.evaluation.path),
             resume=files.evaluation.settings.exists(),
@@ -162,20 +173,23 @@ class SweepEvaluation:
             rows.setdefault(f"leak tests ({tests})", []).append(f"{len(selection.rows)} {name}")
         return [f"{what}: {', '.join(counts)} rows" for what, counts in rows.items()]
 
-    def without_outdated(self, config: EvaluationConfig) -> EvaluationConfig:
-        """`config`, after what was measured of an adapter that is gone, a shorter run's, has been removed."""
-        files = EvaluationFiles(config.path)
-        if config.adapter and files.settings.exists() and not is_of_adapter(files, _weights(config.adapter)):
-            shutil.rmtree(files.path)
-            return replace(config, resume=False)
-        return config
+    def is_outdated(self, plan: EvaluationPlan) -> bool:
+        """Whether in the directory there is what was measured of an adapter that is gone, a shorter run's, or beside
+        another part of the holdout, as before the sweep had its first run with levels."""
+        config, files = plan.config, EvaluationFiles(plan.config.path)
+        if not files.settings.exists():
+            return False
+        if config.adapter and not is_of_adapter(files, _weights(config.adapter)):
+            return True
+        began = settings_of(str(files.result))
+        return began is not None and has_other_judges(began, config.leaks, plan.digests)
 
     def key(self, plan: EvaluationPlan) -> str:
         """A hash of all that the figures depend on: options, rows, model, tokenizer and adapter, and the figures of
         other models that they are compared with; wherever they lie."""
         options = asdict(plan.config)
-        places = {"model", "adapter", "output_dir", *EvaluationConfig.sources(), *COMPARED}  # the digests tell
-        settings = {name: value for name, value in options.items() if name not in places | {"resume"}}
+        told = {"model", "adapter", "forget_level", *EvaluationConfig.sources(), *COMPARED}  # by the digests
+        settings = {name: of for name, of in options.items() if name not in told | {"output_dir", "resume"}}
         results = [expanded(path) for name in COMPARED if (path := options[name])]
         beside = [EvaluationFiles(path.parent).rows for path in results]
         compared = [file_sha256(file) for file in [*results, *beside] if file.is_file()]

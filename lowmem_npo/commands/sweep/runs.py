@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -292,7 +293,11 @@ def _evaluate(
     """One evaluation, of the run's model or adapter, unless it was made before."""
     files, begin = EvaluationFiles(config.path), time.monotonic()
     lines: list[str] = []
-    plan = evaluation.plan(evaluation.without_outdated(config), run.config, lines.append)
+    plan = evaluation.plan(config, run.config, lines.append)
+    if evaluation.is_outdated(plan):
+        shutil.rmtree(files.path)
+        lines.clear()
+        plan = evaluation.plan(replace(config, resume=False), run.config, lines.append)
     key = evaluation.key(plan)
     if files.result.exists() and state.is_evaluated(files.path, key):
         return

@@ -23,6 +23,7 @@ from lowmem_npo.commands.train.plan import Inputs
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data import prepare
 from lowmem_npo.evaluation.answers import evaluate_answers
+from lowmem_npo.evaluation.open_unlearning import privleak
 from lowmem_npo.memory import switches
 from lowmem_npo.run_directory import RunFiles
 
@@ -355,6 +356,35 @@ def test_an_evaluation_with_values_of_other_types_is_named(part, whole, desk, ca
     finally:
         result.write_text(sound)
     assert code == 1 and f"'{result}' is damaged" in capsys.readouterr().out
+
+
+def test_all_of_a_sweep_is_measured_beside_the_half_that_judges_a_run_with_levels(desk, tmp_path, capsys):
+    """From the first run with levels on, which a resumed sweep may bring: what was measured before is measured anew."""
+    out, short = tmp_path / "out", {"teach": [*TEACH[:3], "2", *TEACH[4:]], "evaluate": ["--evaluate", "membership"]}
+
+    def measured(*levels, resume=True):
+        grid = ["--seeds", "1", "--grid", f"forget-level={','.join(levels)}"]
+        assert swept(desk, out, *(["--resume"] if resume else []), grid=grid, **short) == 0
+        printed = capsys.readouterr().out
+        runs = [out / f"forget-level={level}" / "seed-42" for level in levels]
+        places = [out / "baselines" / "before", out / "baselines" / "gold", *runs]
+        rows = [[json.loads(line) for line in (place / "evaluation" / "rows.jsonl").open()] for place in places]
+        notes = "\n".join(note for place in places for note in evaluation(place)["notes"])
+        assert "not comparable" not in notes and "another" not in notes
+        return [[row["row"] for row in of if row["set"] == "holdout"] for of in rows], printed
+
+    assert measured("none", resume=False)[0] == [[0, 1, 2, 3]] * 3
+    halves, printed = measured("none", "holdout")
+    assert halves == [halves[0]] * 4 and len(halves[0]) == 2 and "failed" not in printed
+    assert printed.count("evaluated: ") == 4
+    assert "leak tests (membership): 4 forget, 2 holdout rows" in printed
+    for run in ("none", "holdout"):
+        place = out / f"forget-level={run}" / "seed-42"
+        known = evaluation(out / "baselines" / "gold")["open_unlearning"]["mia_min_k"]
+        named = evaluation(place)["open_unlearning"]
+        assert named["privleak"] == pytest.approx(privleak(named["mia_min_k"], known))
+    again, printed = measured("none", "holdout")
+    assert again == halves and "evaluated: " not in printed
 
 
 def test_a_dry_run_shows_all_of_it_and_writes_nothing(desk, capsys):
