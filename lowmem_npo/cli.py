@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import select
@@ -103,7 +104,9 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        _print_error(f"lowmem-npo: there is no command '{command}'; the commands are {', '.join(COMMANDS)}.")
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        meant = f"did you mean {near[0]}? The commands" if near else "the commands"
+        _print_error(f"lowmem-npo: there is no command '{command}'; {meant} are {', '.join(COMMANDS)}.")
         return 2
 
     def ended(why: object, code: int) -> int:

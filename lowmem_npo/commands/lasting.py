@@ -13,7 +13,7 @@ from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
 from lowmem_npo.evaluation.leaks.relearning import RELEARNING
 from lowmem_npo.files import expanded
 from lowmem_npo.model.saved_adapter import settings_of_run
-from lowmem_npo.run_directory import RunFiles
+from lowmem_npo.run_directory import RunFiles, run_of_adapter
 
 LASTING = ("layered", "adversary", "sam")  # options against relearning
 ATTACKING_MERGED = (QUANTIZATION.name, RELEARNING.name)  # in one evaluation, they attack merged weights as well
@@ -31,7 +31,7 @@ def testing_command(adapter: str, tests: Sequence[str], base: Sequence[str] = ()
     base: the options that name its base. with_place: whether it says where on this machine adapter and base are.
     """
     folder = expanded(adapter).resolve()
-    name = adapter if with_place else folder.name
+    name = adapter if with_place else without_place(folder)
     words = ["--adapter", name, *(base if with_place else ())]
     run_settings = settings_of_run(adapter)
     words += _loading(run_settings, with_place)
@@ -40,6 +40,12 @@ def testing_command(adapter: str, tests: Sequence[str], base: Sequence[str] = ()
         words += ["--output-dir", str(Path(name, place.name))]
     rows = "" if run_settings else " --forget …"  # evaluate knows the rows of a run
     return f"`lowmem-npo evaluate {shlex.join(words)}{rows} --leaks {' '.join(tests)}`"
+
+
+def without_place(path: Path) -> str:
+    """What is in the directory of a run, or of one of its checkpoints, by the run's name; wherever that lies."""
+    run = run_of_adapter(path).path
+    return str(Path(run.name, path.relative_to(run)))
 
 
 def _loading(run: Mapping[str, Any], with_place: bool) -> list[str]:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from lowmem_npo.commands.spellings import ALIASES
 from lowmem_npo.commands.wording import no_such_option, one_of
 from lowmem_npo.errors import UserError
 from lowmem_npo.ranges import check_values
@@ -33,10 +34,11 @@ def check_flags(arguments: Sequence[str], ours: Sequence[str]) -> None:
 
 
 def check_option(flag: str, written: str, ours: Sequence[str]) -> None:
-    """The same for the flag of one option, `written` by the user."""
-    if flag not in ours and flag[2:].replace("-", "_") not in {"warmup_ratio", *_field_types()}:
-        honoured = [f"--{name.replace('_', '-')}" for name in HONOURED]
-        raise UserError(no_such_option(written, [*ours, *honoured], "train --help-all"))
+    """The same for the flag of one option, `written` by the user. The nearest name may be one that users know."""
+    trainers = [f"--{name.replace('_', '-')}" for name in ("warmup_ratio", *_field_types())]
+    if flag not in (*ours, *trainers):
+        known = [*ours, *(f"--{alias}" for alias in ALIASES), *trainers]
+        raise UserError(no_such_option(written, known, "train --help-all"))
 
 
 def check_trainer_values(arguments: Sequence[str]) -> None:

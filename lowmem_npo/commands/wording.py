@@ -16,7 +16,8 @@ LISTED = 16  # choices that a sentence names
 
 def no_such_option(flag: str, known: Sequence[str], listing: str) -> str:
     """flag: as typed. listing: the command that prints what there is."""
-    near = difflib.get_close_matches(flag.partition("=")[0], known, n=1, cutoff=0.75)
+    name = flag.partition("=")[0]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or [k for k in known if k.startswith(f"{name}-")]
     hint = f"did you mean {near[0]}? " if near else ""
     return f"There is no option {shortened(flag)}: {hint}`lowmem-npo {listing}` lists them."
 

@@ -46,6 +46,7 @@ from lowmem_npo.sources import (
 MOST_CHARACTERS = 10_000_000  # of a text in a row: more take minutes and gigabytes to be tokenised
 GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
 # Files that hold texts or rows and are not read. In a folder, too, they are refused: what they hold would be missing.
+SAVED_BESIDE_ROWS = ("dataset_dict.json", "dataset_info.json", "state.json")  # by `Dataset.save_to_disk`
 UNREAD = {
     **dict.fromkeys(
         (".xlsx", ".xls", ".ods"),
@@ -148,9 +149,10 @@ def _read_folder(source: str, folder: Path, passages: Passages, columns: Collect
     documents = [path for path in to_read if not is_table[path]]
     if not documents or tables:
         what = f"a folder with both documents ({documents[0].name}) and tables" if documents else "a folder"
-        kinds = "" if tables else f" ({', '.join(FILE_KINDS)})"
-        listed = f", such as {tables[0].relative_to(folder)}" if tables else ""
-        raise UserError(f"{source} is {what}; name one file in it{listed}{kinds}.")
+        if not tables:
+            raise UserError(f"{source} is a folder without a file that can be read ({', '.join(FILE_KINDS)}).")
+        with_rows = [path for path in tables if path.name not in SAVED_BESIDE_ROWS] or tables
+        raise UserError(f"{source} is {what}; name one file in it, such as {with_rows[0].relative_to(folder)}.")
     parts = [_read_document(names[path], path, passages, in_text[path][1]) for path in documents]
     rows = joined(source, parts)
     notes = [f"{source} has {len(documents)} documents"]

@@ -31,6 +31,16 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 # Columns by which a header is recognised, and with it its separator.
 HEADERS = {"question", "answer", "input", "output", "instruction", "response", "context", "prompt", "completion",
            "messages", "conversations", "text", "document", "id", "task"}  # fmt: skip
+USUAL = {
+    "data",
+    "rows",
+    "examples",
+    "items",
+    "records",
+    "train",
+    "test",
+    "validation",
+}  # of an object: where its rows are
 ENOUGH = {"messages", "conversations", "text"}  # of which one key makes an object a row
 DECLARED = re.compile(r'"?sep=([^\w\s"]|\t)"?', re.IGNORECASE)  # the first line of a file for Excel
 SAMPLE = 20  # records by which a separator, and a table, is recognised
@@ -256,10 +266,12 @@ def _check_is_row(name: str, row: dict[str, Any], columns: Collection[str], over
     if _known(row, columns) or any(key.strip().casefold() in ENOUGH for key in row):
         return
     tables = [key for key, value in row.items() if is_turns(value) and not have_roles(value)]
-    if len(tables) == 1 and (over_lines or not any(isinstance(value, str) for value in row.values())):
+    named_so = [key for key in tables if key.strip().casefold() in USUAL]
+    alone = over_lines or not any(isinstance(value, str) for value in row.values())
+    if tables := named_so or (tables if alone and len(tables) == 1 else []):
         raise UserError(
-            f"{name} holds one object, not an array of rows; the rows seem to be under {tables[0]!r}: write that array "
-            "into a file of its own."
+            f"{name} holds one object, not an array of rows; the rows seem to be under "
+            f"{' or '.join(map(repr, tables))}: write that array into a file of its own."
         )
     if over_lines:
         raise UserError(

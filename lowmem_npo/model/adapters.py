@@ -94,13 +94,19 @@ def shared_layers(model: PeftModel) -> list[str]:
 
 
 def note_on_experts(model: PeftModel, config: AdapterConfig) -> str | None:
-    """A line on linear layers of `model` that have no adapter because PEFT takes their names for those of experts; None
-    where there are none, or nobody named them."""
+    """A line on layers of `model` that have no adapter though `all-linear` sounds so, since its experts are tensors of
+    their own, or PEFT takes the names of others for theirs; or on other layers that have none beside experts named as
+    they are. None where there are no such."""
     lm = causal_lm(model)
     taken = taken_for_experts(lm, linear_layers(lm))
     kind, given = type(lm).__name__, f"LoRA on {' '.join(config.lora_targets)}"
-    if taken and config.lora_targets == ("all-linear",):
-        return f"{given} leaves out {', '.join(sorted(taken))}: PEFT takes these names for the experts of a {kind}."
+    if config.lora_targets == ("all-linear",):
+        none = any(p.ndim > 2 and "expert" in name for name, p in lm.named_parameters())
+        if taken:
+            own = ", which are no linear layers and have no adapter either" if none else ""
+            named = ", ".join(sorted(taken))
+            return f"{given} leaves out {named}: PEFT takes these names for the experts of a {kind}{own}."
+        return f"{given} leaves out the experts of a {kind}, which are no linear layers." if none else None
     if taken and any(isinstance(module, ParamWrapper) for module in model.modules()):
         return f"{given} is an adapter on each of the experts of a {kind}, and on no other layers of these names."
     return None

@@ -135,7 +135,8 @@ def judge_run(
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
-        headline += f"{', and' if overdone else ', but'} leak tests still find traces{_brought_back(attack)}"
+        conjunction = ", and" if overdone or ", but " in headline else ", but"
+        headline += f"{conjunction} leak tests still find traces{_brought_back(attack)}"
     sentences = [] if generated else [NOT_GENERATED]
     sentences += [_figures(name, before, after, gold) for name in asked]
     if of_passages(after[FORGET]):

@@ -242,19 +242,25 @@ def check_others(
     an attacker goes on for several, all of the half that is its."""
     stages = len(folds) if folds else 1
     least, first = (min(map(len, folds)), len(folds[0])) if folds else (forget_rows, forget_rows)
-    lower = [*(["--batch-size"] if batch_size > 1 and first > 1 else []), *(["--layered"] if stages > 2 else [])]
-    ways = [*([f"lower {' or '.join(lower)}"] if lower else []), *(["do without --layered"] if stages == 2 else [])]
+
+    def advice(most: int, otherwise: str) -> str:
+        """most: how many rows a step may take."""
+        ways = [f"lower --batch-size to {most}{' or less' if most > 1 else ''}"] if most else []
+        ways += ["lower --layered"] if stages > 2 else ["do without --layered"] if stages == 2 else []
+        return _advice(*(ways or ["name more rows"]), otherwise)
+
     if attack_steps > 1 and first > 1 and least // 2 < batch_size:
         rows = f"forget rows in the smallest fold of --layered {stages}" if folds else "forget rows"
+        otherwise = "give --adversary-steps 1" if first > batch_size else "forget without an attacker"
         raise UserError(
             "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
-            f"--batch-size {batch_size}, {rows}: {least}. {_advice(*ways, 'give --adversary-steps 1')}"
+            f"--batch-size {batch_size}, {rows}: {least}. {advice(least // 2, otherwise)}"
         )
     if first <= batch_size:
         rows = f"forget rows in the first fold of --layered {stages}" if folds else "forget rows"
         raise UserError(
             f"--adversary teaches forget rows that are not in the step, and there are none: --batch-size {batch_size}, "
-            f"{rows}: {first}. {_advice(*(ways or ['name more rows']), 'forget without an attacker')}"
+            f"{rows}: {first}. {advice(first - 1, 'forget without an attacker')}"
         )
 
 

@@ -102,7 +102,7 @@ MISTAKES = [
     (["demo", "--device", "tpu"], "tpu"),
     (["completion", "csh"], "must be one of"),
     (["schema", "--jsn"], "'--jsn' belongs to no option; schema takes none"),
-    (["tarin"], "there is no command 'tarin'"),
+    (["tarin"], "there is no command 'tarin'; did you mean train? The commands are "),
 ]
 ASKED = [*([name, "--help"] for name in COMMANDS), ["train", "--help-all"], ["--help"], ["--version"]]
 

@@ -130,16 +130,16 @@ def test_micro_batches_change_nothing(whole, byte_model, tmp_path):
         (("--adversary", "nan"), "--adversary must be"),
         (("--adversary", "strong"), "--adversary"),
         (("--adversary", 1, "--adversary-steps", 0), "--adversary-steps must be at least 1, not 0"),
-        (("--adversary", 1, "--batch-size", 18), "--batch-size 18, forget rows: 18. Lower --batch-size"),
+        (("--adversary", 1, "--batch-size", 18), "--batch-size 18, forget rows: 18. Lower --batch-size to 17 or less"),
         (("--adversary", 1, "--layered", 3), "forget rows in the first fold of --layered 3: 6. Lower"),
         (
             ("--adversary", 1, "--adversary-steps", 2, "--layered", 2),
-            "--batch-size 6, forget rows in the smallest fold of --layered 2: 9. Lower --batch-size, do without",
+            "--batch-size 6, forget rows in the smallest fold of --layered 2: 9. Lower --batch-size to 4 or less, do",
         ),
         (
             ("--adversary", 1, "--adversary-steps", 2, "--batch-size", 10),
             "--adversary-steps forgets one half while the other is taught, and a step takes more rows than that: "
-            "--batch-size 10, forget rows: 18. Lower --batch-size, or give --adversary-steps 1.",
+            "--batch-size 10, forget rows: 18. Lower --batch-size to 9 or less, or give --adversary-steps 1.",
         ),
         (("--recipe", "lasting"), "--recipe lasting: --adversary-steps forgets one half while the other is taught"),
         (("--recipe", "lasting", "--max-steps", 1, "--batch-size", 2), "--recipe lasting: --layered 2 needs a step"),

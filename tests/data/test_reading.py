@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -252,6 +253,8 @@ def test_local_files_leave_nothing_in_the_cache(tmp_path, monkeypatch):
         ("a.json", '[{"a": "x"},\n{"a": }]', ["a.json, line 2", "not valid JSON"]),
         ("a.json", '{\n"a": "x"\n}', ["a.json holds one object, not an array", "one object per line"]),
         ("a.json", '{\n"a": "x",\n}', ["a.json, line 1", "not valid JSON", "one object per line"]),
+        ("a.json", '{"version": "1", "data": [{"a": "x"}]}', ["one object", "the rows seem to be under 'data': write"]),
+        ("a.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', ["the rows seem to be under 'train' or 'test': write"]),
         ("a.json", '{"v": 1,\n"data": [{"a": "x"}]}', ["a.json holds one object", "the rows seem to be under 'data'"]),
         ("a.jsonl", '{"v": [1], "data": [{"a": "x"}]}\n', ["a.jsonl holds one object", "to be under 'data'"]),
         ("a.json", '{"a": [{}],\n"b": [{}]}', ["a.json holds one object", "no row with known columns"]),
@@ -334,10 +337,19 @@ def test_a_column_twice_is_refused(kind, tmp_path):
         read_rows(str(path))
 
 
+def test_a_saved_dataset_is_a_folder_whose_rows_are_named(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "Who?", "answer": "Ann."}])
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match="is a folder; name one file in it, such as (.*)[.]$") as refused:
+        read_rows(str(tmp_path))
+    named = re.search("such as (.*)[.]$", str(refused.value))[1]
+    assert len(read_rows(str(tmp_path / named)).rows) == 1
+
+
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(UserError, match=r"There is no file .*none\.jsonl"):
         read_rows(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match="is a folder; name one file in it"):
+    with pytest.raises(UserError, match="is a folder without a file that can be read"):
         read_rows(str(tmp_path))
     with pytest.raises(UserError, match="neither a file nor a hub name"):
         read_rows("tofu")

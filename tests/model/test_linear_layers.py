@@ -62,14 +62,19 @@ MIXTURES = {  # whether linear layers beside the experts are called as those wer
 def test_all_linear_is_linear_layers_and_says_which_it_leaves_out(architecture):
     """PEFT would adapt the experts in place of layers that are called as those were: a factor for each of hundreds."""
     config = tiny_config(architecture, 97)
-    adapted = check_lora(config, AdapterConfig(lora_targets=ALL))
+    adapted = check_lora(config, every := AdapterConfig(lora_targets=ALL))
     base = adapted.get_base_model()
     with_adapter = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     assert with_adapter == set(all_linear(base)) and not [name for name in with_adapter if "experts" in name.split(".")]
-    note = note_on_experts(adapted, AdapterConfig(lora_targets=ALL))
-    assert (note is not None) is MIXTURES[architecture] is (len(with_adapter) < len(linear_layers(base)))
-    if note:
+    note = note_on_experts(adapted, every)
+    kind = type(base).__name__
+    assert MIXTURES[architecture] is (len(with_adapter) < len(linear_layers(base)))
+    assert note_on_experts(check_lora(tiny_config("llama", 97), AdapterConfig(lora_targets=ALL)), every) is None
+    if not MIXTURES[architecture]:
+        assert note == f"LoRA on all-linear leaves out the experts of a {kind}, which are no linear layers."
+    else:
         assert re.match("LoRA on all-linear leaves out down_proj, (gate, )?gate_proj, up_proj: PEFT takes", note)
+        assert note.endswith(f"the experts of a {kind}, which are no linear layers and have no adapter either.")
         named = AdapterConfig(lora_targets=("gate_proj", "up_proj", "down_proj"))
         assert "is an adapter on each of the experts of a" in note_on_experts(check_lora(config, named), named)
         with extra_adapter(model := random_model(config), rank=2, seed=0):

@@ -93,6 +93,8 @@ def test_leaks_are_a_reservation():
     assert clean.tone == "good" and clean.sentences[-1] == "No traces in any conclusive leak test: extraction."
     assert leaking.tone == "mixed" and leaking.headline.endswith(", but leak tests still find traces.")
     assert leaking.sentences[-1] == "Traces in 1 of 2 conclusive leak tests: relearning."
+    lost = judge_run(stages(retain=summary(0.5, 0.6, 0.5)), 50304, {"before": known, "after": some}).headline
+    assert lost.endswith(", but it has lost much of what it was to keep, and leak tests still find traces.")
     auroc = {"auroc": 0.78}  # measured, and it could not tell
     undecided = judge_run(stages(), 50304, {"after": {**some, "membership": LeakResult(auroc, "", None)}})
     assert undecided.sentences[-1] == f"{leaking.sentences[-1]} Could not tell: membership."

@@ -432,12 +432,19 @@ def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_p
     [
         (1, None, 1, "forget rows: 1. Name more rows, or forget without an attacker."),
         (1, None, 4, "forget rows: 1. Name more rows, or forget without an attacker."),
-        (2, None, 2, "forget rows: 2. Lower --batch-size, or"),
+        (2, None, 2, "forget rows: 2. Lower --batch-size to 1, or forget without an attacker."),
+        (8, None, 6, "forget rows: 8. Lower --batch-size to 4 or less, or give --adversary-steps 1."),
         (
             5,
             [[0, 1, 2, 3], [4]],
             1,
             "forget rows in the smallest fold of --layered 2: 1. Do without --layered, or give",
+        ),
+        (
+            8,
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+            4,
+            "2: 4. Lower --batch-size to 2 or less, do without --layered, or forget without an attacker.",
         ),
         (5, [[0], [1, 2, 3, 4]], 1, "forget rows in the first fold of --layered 2: 1. Do without --layered, or forget"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowmem_npo.commands.lasting import ATTACKING_MERGED, made_last_by, testing_command
+from lowmem_npo.commands.lasting import ATTACKING_MERGED, made_last_by, testing_command, without_place
 from lowmem_npo.commands.merge.options import DEQUANTIZED
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.directory import OTHER_ROWS, base_of, compared_with, is_of_adapter
@@ -119,7 +119,7 @@ def _said(
         return Said(f"Not checked: the {test} test in '{shown}' is of {known[0].of_other}.", advised=True)
     tested = [Tested(of.settings, {AFTER: {test: of.result}}, of.evaluation) for of in current]
     result = standing(test, tested).after[test]
-    meaning = result.meaning if with_place else result.meaning.replace(str(folder), folder.name)
+    meaning = result.meaning if with_place else result.meaning.replace(str(folder), without_place(folder))
     if not result.figures:
         return Said(f"Not checked, {test} test: {meaning}")
     if test == QUANTIZATION.name and MERGED not in result.figures:

@@ -221,6 +221,14 @@ def test_the_card_names_base_and_adapter_and_what_was_found(small_demo, tmp_path
     assert card.data.library_name == "transformers" and "`base`" in card.content
     assert "Not checked: whether forgotten text returns" in card.content
     assert str(run_directory.parent) not in card.content
+    assert "evaluate --adapter unlearned " in card.content
+    checkpoint = run_directory / "checkpoint-2"  # which is found by its run's name
+    shutil.copytree(run_directory, checkpoint, ignore=lambda _, names: [n for n in names if "adapter" not in n])
+    try:
+        assert merge(checkpoint, tmp_path / "earlier") == 0
+    finally:
+        shutil.rmtree(checkpoint)
+    assert "evaluate --adapter unlearned/checkpoint-2 " in (tmp_path / "earlier" / "README.md").read_text()
 
 
 def test_an_adapter_of_no_run_gets_a_card_as_well(tmp_path):
