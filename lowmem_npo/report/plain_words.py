@@ -145,25 +145,29 @@ def _done(content: Content) -> Iterator[str]:
 
 def _found(content: Content) -> Iterator[str]:
     before, after, gold = (content.stages.get(stage, {}) for stage in ("before", "after", "gold"))
-    asked = [name for name in after if name in before and part_of(name) in (FORGET, RETAIN, GENERAL)]
-    if FORGET not in asked or not gives_numbers(before, after):
+    if not (FORGET in before and FORGET in after and gives_numbers(before, after)):
         yield from content.verdict.sentences
         return
     if not after[FORGET].generated:
         yield NOT_GENERATED
-    for name in asked:
-        never_saw = f"; a model that never saw them gives {said_count(gold[name])}" if name in gold else ""
-        yield _course(name, before[name], after[name], never_saw if part_of(name) == FORGET else "")
+    for name, now in after.items():
+        if part_of(name) == FORGET or (name in (RETAIN, GENERAL) and name in before):
+            never_saw = f"; a model that never saw them gives {said_count(gold[name])}" if name in gold else ""
+            yield _course(name, before.get(name), now, never_saw if part_of(name) == FORGET else "")
     yield WHAT_COUNTS.replace("An answer", "A continuation") if of_passages(after[FORGET]) else WHAT_COUNTS
 
 
-def _course(name: str, was: AnswerSummary, now: AnswerSummary, never_saw: str) -> str:
+def _course(name: str, was: AnswerSummary | None, now: AnswerSummary, never_saw: str) -> str:
+    """was: None of a form in which the rows were not asked before."""
     kind = {FORGET: "to forget", RETAIN: "to protect", GENERAL: "to general questions"}[part_of(name)]
     whole = now.rows == now.rows_in_set or name.endswith(REWORDED)  # a row may be asked in several paraphrases
     of = f"{now.rows:,}" if whole else f"{now.rows:,} (measured, of {now.rows_in_set:,})"
     s = "" if whole and now.rows == 1 else "s"
     what = f"the continuation{s} of {of} passage{s}" if of_passages(now) else f"{of} answer{s}"
     start = f"Of {what} {kind}, " + ("" if name == part_of(name) else f"asked {form_words(name)}, ")
+    if was is None:
+        (words_are,) = shares(now.rouge_l_recall)
+        return f"{start}the model gives {said_count(now):,} now{never_saw}. Of their words, {words_are} come."
     words_were, words_are = shares(was.rouge_l_recall, now.rouge_l_recall)
     return (
         f"{start}the model gave {said_count(was):,} before and gives {said_count(now):,} now{never_saw}. Of their "

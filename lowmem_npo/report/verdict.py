@@ -96,9 +96,10 @@ def judge_run(
     unfinished: str | None = None,
 ) -> Verdict:
     """stages: of the before/after table, or empty; a set that `before` has no figures of was not measured there, or on
-    other rows. vocabulary: the model's. leaks: stage -> test -> result. errors: set -> measure -> the standard error of
-    its change over the rows, where that is known. unfinished: what finishes the run, a clause; None of one that was to
-    measure nothing."""
+    other rows. A form of the forget rows that was not asked then is judged by what was said in the trained one.
+    vocabulary: the model's. leaks: stage -> test -> result. errors: set -> measure -> the standard error of its change
+    over the rows, where that is known. unfinished: what finishes the run, a clause; None of one that was to measure
+    nothing."""
     tested, attack = leaks.get("after", {}), worst_attacks(leaks).get("after")
     leaking = bool(leaking_tests(tested) or (attack and attack.stands_out))
     by_tests = [leak_sentence(tested, leaks.get("gold"), attack is not None, leaks.get("before"))]
@@ -111,8 +112,8 @@ def judge_run(
         return NEVER_FINITE
     if not gives_numbers(after):
         return DIVERGED
-    asked = [name for name in after if part_of(name) == FORGET and name in before]
-    states = {name: _forget_state(before[name], after[name], gold.get(name)) for name in asked}
+    asked = [name for name in after if part_of(name) == FORGET]
+    states = {name: _forget_state(before.get(name, before[FORGET]), after[name], gold.get(name)) for name in asked}
     worst = max(asked, key=lambda name: (SEVERITY.index(states[name]), name == FORGET, after[name].rouge_l_recall))
     forget = states[worst]
     kept = {
@@ -131,7 +132,7 @@ def judge_run(
 
     generated = all(summary.generated for sets in (before, after) for summary in sets.values())
     measured = "On the rows measured" + ("" if generated else " (from likelihoods: it was not allowed to write)")
-    headline = f"{measured}, {_what_became(states, worst, after, retain, retain_words)}"
+    headline = f"{measured}, {_what_became(states, worst, before, after, retain, retain_words)}"
     if overdone:
         headline += "; the forgetting is overdone"
     if leaking:
@@ -193,7 +194,7 @@ def judge_evaluation(
     }
     if FORGET in known:
         compared = {*known, *(name for name in (RETAIN,) if name in {*before, *incomparable})}
-        after = {name: summary for name, summary in now.items() if name in compared}
+        after = {name: summary for name, summary in now.items() if name in compared or part_of(name) == FORGET}
         return judge_run({"before": known, "after": after}, vocabulary, stages)
     if FORGET not in now and RETAIN in known:
         kept = what_became(RETAIN, known[RETAIN], now[RETAIN], {})
@@ -243,7 +244,12 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
 
 
 def _what_became(
-    states: Mapping[str, str], worst: str, after: Mapping[str, AnswerSummary], retain: str | None, retain_words: str
+    states: Mapping[str, str],
+    worst: str,
+    before: Mapping[str, AnswerSummary],
+    after: Mapping[str, AnswerSummary],
+    retain: str | None,
+    retain_words: str,
 ) -> str:
     """What became of the forget rows, in the form in which the most is left, beside the trained one if that differs;
     and of the rows to keep, which are asked in the trained form alone: their words stand by that one."""
@@ -256,7 +262,8 @@ def _what_became(
         return "; ".join(asked)
     in_every_form = len(states) > 1 and len(set(states.values())) == 1
     if in_every_form and states[worst] == "unknown":
-        words = words.replace(" even before", " even before, in any form asked")
+        if states.keys() <= before.keys():
+            words = words.replace(" even before", " even before, in any form asked")
     elif in_every_form:
         words += ", in every form asked"
     return words + _conjunction(states[worst], retain, after_comma=words.endswith(" asked")) + retain_words
@@ -310,8 +317,8 @@ def _says_in_other_words(after: AnswerSummary) -> bool:
 
 
 def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
-    """The sentence with the numbers of a set, or of one in another form."""
-    part, was, now = part_of(name), before[name], after[name]
+    """The sentence with the numbers of a set, or of one in another form, which may not have been measured before."""
+    part, was, now = part_of(name), before.get(name), after[name]
     share = f"{now.rows}" if now.rows == now.rows_in_set else f"{now.rows} measured of {now.rows_in_set}"
     s = "" if now.rows == now.rows_in_set == 1 else "s"
     if of_passages(now):
@@ -325,22 +332,20 @@ def _figures(name: str, before: Mapping, after: Mapping, gold: Mapping) -> str:
             "their beginnings alone, since they are longer" if now.cut == now.rows else f"{now.cut} by their beginnings"
         )
         start = f"{start.rstrip(', ')} ({longer}), "
-    nll_was, nll_now = side_by_side([was.nll, now.nll], decimals=2)
-    return (
-        f"{start}{_counts(was, now, gold.get(name) if part == FORGET else None)}; the NLL per answer token went from "
-        f"{nll_was} to {nll_now}."
-    )
+    *nll_was, nll_now = side_by_side([*([was.nll] if was else []), now.nll], decimals=2)
+    went = f"went from {nll_was[0]} to" if nll_was else "is"
+    counts = _counts(was, now, gold.get(name) if part == FORGET else None)
+    return f"{start}{counts}; the NLL per answer token {went} {nll_now}."
 
 
-def _counts(was: AnswerSummary, now: AnswerSummary, gold: AnswerSummary | None) -> str:
-    """How many answers the model says, and how many it said."""
-    never_saw = f", from a model that never saw them {said_count(gold)}" if gold else ""
-    earlier = f"(before: {said_count(was)}{never_saw})"
+def _counts(was: AnswerSummary | None, now: AnswerSummary, gold: AnswerSummary | None) -> str:
+    """How many answers the model says, and how many it said, where that is known."""
+    beside = [f"before: {said_count(was)}"] if was else []
+    beside += [f"from a model that never saw them {said_count(gold)}"] if gold else []
+    others = f" ({', '.join(beside)})" if beside else ""
     appear = "appears" if said_count(now) == 1 else "appear"
-    return (
-        f"{said_count(now)} {appear} in what the model says {earlier}, {_exact(now)} word for word "
-        f"(before: {_exact(was)})"
-    )
+    exact = f"{_exact(now)} word for word" + (f" (before: {_exact(was)})" if was else "")
+    return f"{said_count(now)} {appear} in what the model says{others}, {exact}"
 
 
 def form_words(name: str) -> str:

@@ -67,6 +67,8 @@ def test_every_form_and_part_has_its_sentence(content):
                   "retain": summary(0.95, 0.98), "general": summary(0.5, 0.5)},
         "gold": {"forget": summary(0, 0.1), "retain": summary(1.0, 1.0)},
     }  # fmt: skip
+    in_words = summary(0.5, 0.75)  # not asked so before
+    stages["after"]["forget, reworded"] = in_words
     content = replace(content, stages=stages)
     assert part(content, "What was found") == [
         "Of 20 (measured, of 1,112) answers to forget, the model gave 18 before and gives 1 now; a model that never "
@@ -77,6 +79,7 @@ def test_every_form_and_part_has_its_sentence(content):
         "come now.",
         "Of 20 answers to general questions, the model gave 10 before and gives 10 now. Of their words, 50% came "
         "before and 50% come now.",
+        "Of 20 answers to forget, asked in other words, the model gives 10 now. Of their words, 75% come.",
         "An answer counts as given if it is in one piece anywhere in what the model says.",
     ]
     assert "second model" in part(content, "What was done")[-1]

@@ -261,6 +261,31 @@ def test_the_form_counts_in_which_the_most_is_left(forms, state, asked):
     assert len(numbers) == len(forms) and all("appear in what the model says" in sentence for sentence in numbers)
 
 
+@pytest.mark.parametrize(
+    ("plain", "said", "tone", "words"),
+    [
+        (summary(0.97, 0.99, 0.9, 0.1), 97, "bad", f"asked without its chat template, {FORGET_WORDS['untouched']}."),
+        (GONE, 0, "good", "what it was to forget, in every form asked, and still says"),
+    ],
+)
+def test_a_form_that_was_not_asked_before_counts_as_well(plain, said, tone, words):
+    """Beside what was said in the trained form; of a run and of an evaluation."""
+    measured = stages()
+    now = {**measured["after"], "forget, plain": plain}
+    for verdict in (
+        judge_run({**measured, "after": now}, 50304, {}),
+        judge_evaluation(now, measured["before"], 50304, {}),
+    ):
+        assert verdict.tone == tone and words in verdict.headline
+        assert (
+            f"Asked without its chat template, of 100 answers {said} appear in what the model says, {said} word for "
+            f"word; the NLL per answer token is {plain.nll:.2f}."
+        ) in verdict.sentences
+    unknown = stages(before=summary(0.0, 0.1, 0.05))
+    headline = judge_run({**unknown, "after": {**unknown["after"], "forget, plain": GONE}}, 50304, {}).headline
+    assert f"{FORGET_WORDS['unknown']}; " in headline  # in other forms it was not asked
+
+
 def test_what_was_to_be_kept_is_told_of_the_form_in_which_it_was_asked():
     """Which is the trained one alone, so that no loss may stand behind another form's words."""
     partly = {"plain": (RECITED, summary(0.3, 0.6, 0.4))}
