@@ -32,6 +32,7 @@ THE_JUDGES = "the part of the holdout that is measured"
 OTHERS = THE_MODEL, THE_TOKENIZER, THE_ADAPTER, THE_BASE, THE_SIZE, THE_JUDGES
 DECIDED = ("chat_date", "generate_answers")  # where auto is recorded as what it became, and stays so
 COMPARED = ("before", "retained_log")  # settings that name the evaluation.json of another model
+ADDED = ("leaks", "lm_eval")  # of which a resumed evaluation measures those that it began with, too
 # In settings.json beside the options: whether the forget rows, and the holdout of leak tests, were others than those of
 # the adapter's run, whether data was named, and which sets were the run's.
 OTHER_ROWS, OTHER_HOLDOUT = "other_rows", "other_holdout"
@@ -147,24 +148,28 @@ def settings_to_resume(files: EvaluationFiles) -> dict[str, Any]:
     except (ValueError, UserError) as error:
         raise UserError(f"--resume: '{files.settings}' is damaged: start the evaluation anew.") from error
     places = {f.name for f in fields(EvaluationConfig) if BESIDE in f.metadata}
-    places |= {"model", "adapter", *EvaluationConfig.sources()}
+    places |= {"model", "adapter", "lm_eval_path", *COMPARED, *EvaluationConfig.sources()}
     return _places_from_here(files, settings, places)
 
 
 def kept_options(options: EvaluationOptions) -> dict[str, Any]:
-    """The options with which the evaluation that `options` resume began, for those that are not given now: all that it
-    may not change, --any-base of its model, and its leak tests with their --forget-level. Data, where none is named, is
-    that of the adapter's run once more, unless other data was named.
+    """The options with which the evaluation that `options` resume began, for those that are not given now: all that
+    decide what is measured, or stands beside it. Data, where none is named, is that of the adapter's run once more,
+    unless other data was named.
 
     Raises UserError as `settings_to_resume` does.
     """
     settings = settings_to_resume(EvaluationFiles(path_of(options)))
-    not_kept = EvaluationConfig.may_change() - {"any_base", "leaks", "forget_level"}
-    kept = {f.name for f in fields(EvaluationConfig)} - not_kept
+    kept = {f.name for f in fields(EvaluationConfig)} - EvaluationConfig.of_invocation()
     if not names_data(options) and not settings.get(DATA_NAMED, False):
         kept -= EvaluationConfig.sources().keys()
     values = {name: settings[name] for name in kept if name in settings}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def joined(began: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
+    """What a resumed evaluation measures: what is named now joins what it `began` with, unless that is "none"."""
+    return tuple(named) if "none" in named else tuple(dict.fromkeys([*began, *named]))
 
 
 def begun_from_run(config: EvaluationConfig) -> list[str]:

@@ -56,7 +56,7 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     """Seed of all that is random: the rows of --limit, the samples, relearning."""
     leaks: tuple[str, ...] = ()
     """Tests of what the model still gives away of the forget rows; all, or none, the default. They compare with
-    --holdout."""
+    --holdout. With --resume they join those of the evaluation; none leaves these out."""
     forget_level: ForgetLevel = "none"
     """holdout: the leak tests compare with that half of --holdout by which a run of `train --forget-level holdout` is
     judged, so that a base or gold model can be compared with the run. Its --adapter is judged by that half anyway."""
@@ -65,8 +65,8 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     output_dir: str | None = None
     """Directory of the results. Default: `evaluation` inside --adapter, else lowmem-npo-evaluation."""
     resume: bool = False
-    """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks, leak tests). What would change a
-    figure and is not given stays as it began."""
+    """Continue the evaluation in --output-dir, or add to it (members, lm-eval tasks, leak tests). What is not given
+    stays as it began, but for --device, --batch-size and where weights are kept."""
     batch_size: Count = BATCH_SIZE
     """Rows per batch (fewer if they are long)."""
     dry_run: bool = False
@@ -88,10 +88,11 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         leak_tests(self.leaks)
         if self.adapter is None:  # else its run may name them
             self.check_sets()
-        if self.forget_level != "none" and not self.leaks and not self.resume:  # which keeps it, whatever is left out
-            raise UserError("--forget-level says which holdout rows the leak tests compare with: add --leaks.")
-        if self.mia_gradnorm and not self.leaks:
-            raise UserError("--mia-gradnorm is measured on the rows of the leak tests: add --leaks membership.")
+        if not self.leaks and not self.resume:  # which keeps both, whatever is left out
+            if self.forget_level != "none":
+                raise UserError("--forget-level says which holdout rows the leak tests compare with: add --leaks.")
+            if self.mia_gradnorm:
+                raise UserError("--mia-gradnorm is measured on the rows of the leak tests: add --leaks membership.")
         for options in {*(test.options for test in LEAK_TESTS), *(benchmark.options for benchmark in BENCHMARKS)}:
             options.check(self)
 
@@ -140,9 +141,13 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         """Options that a resumed evaluation may change; what would change a figure must stay as it was: of the holdout
         the digests tell."""
         own = {f.name for f in fields(cls) if FREE in f.metadata}
-        of_results = {"output_dir", "resume", "before", "any_base", "leaks", "forget_level", "forms", "dry_run"}
+        return {"before", "any_base", "leaks", "forget_level", "forms"} | cls.of_invocation() | own
+
+    @classmethod
+    def of_invocation(cls) -> set[str]:
+        """Options that decide no figure, so that a resumed evaluation has its own."""
         of_device = {"batch_size", "device", "quantized_cache", *(f.name for f in fields(StreamOptions))}
-        return of_results | of_device | own
+        return {"output_dir", "resume", "dry_run"} | of_device
 
     @classmethod
     def compared(cls) -> list[str]:

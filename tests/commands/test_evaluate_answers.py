@@ -75,7 +75,7 @@ def test_forms_and_headline(chat_model, data, tmp_path, capsys):
     # More forms are added to what is measured.
     evaluate("--model", chat_model, *data, "--forms", "trained", "--output-dir", tmp_path / "one")
     assert list(content(tmp_path / "one")["answers"]) == ["forget", "retain"]
-    evaluate("--model", chat_model, *data, "--output-dir", tmp_path / "one", "--resume")
+    evaluate("--model", chat_model, *data, "--output-dir", tmp_path / "one", "--resume", "--forms", "all")
     assert content(tmp_path / "one")["answers"] == answers
 
 

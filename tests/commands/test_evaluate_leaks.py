@@ -163,6 +163,33 @@ def test_what_is_not_given_stays_as_the_evaluation_began(byte_model, files, caps
         fails(capsys, main(resumed), "settings.json' is damaged")
 
 
+def test_what_stands_beside_the_figures_stays_as_well(byte_model, files, monkeypatch):
+    """And leak tests that are named join those that it began with."""
+    assert evaluate(byte_model, files, *QUICK, "--leaks", "membership", out="before") == 0
+    monkeypatch.chdir(files)
+    beside = ["--before", "before/evaluation.json", "--retained-log", "before/evaluation.json"]
+    other = ["--forms", "trained", "--leaks", "membership", "--mia-gradnorm", "--any-base"]
+    assert evaluate(byte_model, files, *QUICK, *beside, *other) == 0
+    settings, found = (json.loads((files / "out" / f"{name}.json").read_text()) for name in ("settings", "evaluation"))
+    (files / "yonder").mkdir()
+    monkeypatch.chdir(files / "yonder")
+
+    def resumed(*more):
+        assert main(["evaluate", "--output-dir", "../out", "--resume", "--device", "cpu", *more]) == 0
+        return json.loads((files / "out" / "settings.json").read_text())
+
+    now = resumed()
+    assert {name for name in settings if settings[name] != now[name]} == {
+        "before", "retained_log", "output_dir", "resume"
+    }  # fmt: skip
+    assert result(files) == found and {"mia_gradnorm", "mia_reference"} <= found["open_unlearning"].keys()
+    assert resumed("--leaks", "extraction")["leaks"] == ["membership", "extraction"]
+    assert result(files)["leaks"].keys() == {"membership", "extraction"}
+    assert resumed("--leaks", "none")["mia_gradnorm"] and result(files)["leaks"] == {}
+    assert resumed("--leaks", "membership", "--before", str(files / "out" / "evaluation.json"))["forms"] == "trained"
+    assert result(files)["leaks"] == found["leaks"]
+
+
 def test_bad_input(byte_model, files, capsys):
     leaks = ("--leaks", "membership")
     fails(capsys, evaluate(byte_model, files, "--leaks", "extractoin"), "no leak test 'extractoin'", "relearning")

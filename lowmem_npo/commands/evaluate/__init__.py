@@ -24,9 +24,12 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse(command_line, arguments, "evaluate")
     if parsed.resume:  # what is not given stays as it was
         quiet_libraries()
-        from lowmem_npo.evaluation.directory import kept_options  # late, as below
+        from lowmem_npo.evaluation.directory import ADDED, joined, kept_options  # late, as below
 
-        parsed = parse(command_line, arguments, "evaluate", default=command_line(**kept_options(parsed)))
+        began = command_line(**kept_options(parsed))
+        parsed = parse(command_line, arguments, "evaluate", default=began)
+        for name in ADDED:
+            setattr(parsed, name, joined(getattr(began, name), getattr(parsed, name)))
     config = EvaluationConfig(**vars(parsed))
     if config.adapter is not None:
         check_adapter_name(config.adapter)
