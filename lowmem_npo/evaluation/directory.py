@@ -37,7 +37,11 @@ ADDED = ("leaks", "lm_eval")  # of which a resumed evaluation measures those tha
 # the adapter's run, whether data was named, and which sets were the run's.
 OTHER_ROWS, OTHER_HOLDOUT = "other_rows", "other_holdout"
 DATA_NAMED, FROM_RUN = "data_named", "from_run"
-BESIDE_OPTIONS = {OTHER_ROWS: bool, OTHER_HOLDOUT: bool, DATA_NAMED: bool, FROM_RUN: list[str]}
+# The digests of all that the journal has measurements of, also where it has been left out since.
+IN_JOURNAL = "digests_in_journal"
+BESIDE_OPTIONS = {
+    OTHER_ROWS: bool, OTHER_HOLDOUT: bool, DATA_NAMED: bool, FROM_RUN: list[str], IN_JOURNAL: dict[str, str]
+}  # fmt: skip
 # what is read of settings.json
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), **BESIDE_OPTIONS}
 
@@ -71,9 +75,12 @@ class EvaluationDirectory(EvaluationFiles):
         Raises UserError as `check` does.
         """
         self.check()
+        settings = {**as_json(self.config), **self.beside_options, "digests": self.digests}
+        earlier = _in_journal(settings_to_resume(self)) if self.config.resume else {}
+        settings[IN_JOURNAL] = {**earlier, **_in_journal(settings)}
         try:
             make_directory(self.path)
-            write_json(self.settings, self._now(), indent=2, ensure_ascii=False)
+            write_json(self.settings, settings, indent=2, ensure_ascii=False)
             remember_start(self)
         except OSError as error:
             raise UserError(f"--output-dir '{self.path}' cannot be written: {error.strerror or error}.") from error
@@ -91,13 +98,11 @@ class EvaluationDirectory(EvaluationFiles):
         else:
             check_empty(self.path, self.settings.name)
 
-    def _now(self) -> dict[str, Any]:
-        return {**as_json(self.config), **self.beside_options, "digests": self.digests}
-
     def _check_resume(self) -> None:
         began, now = settings_to_resume(self), as_json(self.config)
-        for name, value in began["digests"].items():
-            if name in self.digests and self.digests[name] != value:
+        digests = _in_journal({**now, "digests": self.digests})
+        for name, value in _in_journal(began).items():
+            if digests.get(name, value) != value:
                 raise has_changed(name, self.path)
         may_change, may_be_added = self.config.may_change(), self.config.sources()
         changed = [
@@ -113,8 +118,6 @@ class EvaluationDirectory(EvaluationFiles):
                 f"--resume: the evaluation in '{self.path}' began with other settings ({'; '.join(changed)}): "
                 "use those, or start anew."
             )
-        if has_other_judges(began, self.config.leaks, self.digests):
-            raise has_changed(THE_JUDGES, self.path)
 
     def save(self, evaluation: Evaluation) -> None:
         """evaluation.json, the scored rows, and what benchmarks write by themselves."""
@@ -213,9 +216,21 @@ def compared_with(files: EvaluationFiles) -> dict[str, Any]:
 
 def has_other_judges(began: Mapping[str, Any], leaks: Collection[str], digests: Mapping[str, str]) -> bool:
     """Whether leak tests measured another part of the same holdout in the evaluation whose settings.json holds `began`
-    than these would: the journal, which knows rows by their places, cannot tell."""
-    measured = all(of and "holdout" in read for of, read in ((began.get("leaks"), began["digests"]), (leaks, digests)))
-    return measured and began["digests"].get(THE_JUDGES) != digests.get(THE_JUDGES)
+    than these would."""
+    then, now = _in_journal(began), _in_journal({"leaks": leaks, "digests": digests})
+    if then.get("holdout") != now.get("holdout") or THE_JUDGES not in then or THE_JUDGES not in now:
+        return False
+    return then[THE_JUDGES] != now[THE_JUDGES]
+
+
+def _in_journal(settings: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of all that the journal may have measurements of, by what settings.json holds; of the holdout also that
+    of the rows that leak tests measured, and be it all of them: the journal, which knows rows by their places, cannot
+    tell."""
+    known = {**settings.get(IN_JOURNAL, {}), **settings["digests"]}
+    if settings.get("leaks") and "holdout" in settings["digests"]:
+        known[THE_JUDGES] = settings["digests"].get(THE_JUDGES, settings["digests"]["holdout"])
+    return known
 
 
 def has_changed(name: str, directory: Path) -> UserError:
