@@ -13,6 +13,7 @@ from lowmem_npo.claim import make_directory
 from lowmem_npo.data.chat import today
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.benchmarks.registry import BENCHMARKS
+from lowmem_npo.evaluation.leaks.registry import LEAK_TESTS
 from lowmem_npo.evaluation.options import BESIDE
 from lowmem_npo.evaluation.result import Evaluation
 from lowmem_npo.evaluation.scoring.journal import Journal
@@ -37,10 +38,11 @@ ADDED = ("leaks", "lm_eval")  # of which a resumed evaluation measures those tha
 # the adapter's run, whether data was named, and which sets were the run's.
 OTHER_ROWS, OTHER_HOLDOUT = "other_rows", "other_holdout"
 DATA_NAMED, FROM_RUN = "data_named", "from_run"
-# The digests of all that the journal has measurements of, also where it has been left out since.
-IN_JOURNAL = "digests_in_journal"
+# The digests of all that the journal has measurements of, and the leak tests, also where they have been left out since.
+IN_JOURNAL, TESTS_IN_JOURNAL = "digests_in_journal", "leaks_in_journal"
 BESIDE_OPTIONS = {
-    OTHER_ROWS: bool, OTHER_HOLDOUT: bool, DATA_NAMED: bool, FROM_RUN: list[str], IN_JOURNAL: dict[str, str]
+    OTHER_ROWS: bool, OTHER_HOLDOUT: bool, DATA_NAMED: bool, FROM_RUN: list[str], IN_JOURNAL: dict[str, str],
+    TESTS_IN_JOURNAL: list[str],
 }  # fmt: skip
 # what is read of settings.json
 SETTINGS = {"digests": dict[str, str], "leaks": list[str], **dict.fromkeys(DECIDED, str), **BESIDE_OPTIONS}
@@ -76,8 +78,9 @@ class EvaluationDirectory(EvaluationFiles):
         """
         self.check()
         settings = {**as_json(self.config), **self.beside_options, "digests": self.digests}
-        earlier = _in_journal(settings_to_resume(self)) if self.config.resume else {}
-        settings[IN_JOURNAL] = {**earlier, **_in_journal(settings)}
+        began = settings_to_resume(self) if self.config.resume else {"digests": {}}
+        settings[IN_JOURNAL] = {**_in_journal(began), **_in_journal(settings)}
+        settings[TESTS_IN_JOURNAL] = sorted({*_tests_in_journal(began), *self.config.leaks})
         try:
             make_directory(self.path)
             write_json(self.settings, settings, indent=2, ensure_ascii=False)
@@ -104,7 +107,7 @@ class EvaluationDirectory(EvaluationFiles):
         for name, value in _in_journal(began).items():
             if digests.get(name, value) != value:
                 raise has_changed(name, self.path)
-        may_change, may_be_added = self.config.may_change(), self.config.sources()
+        may_change, may_be_added = self.config.may_change() | _unused(began), _known_by_digests()
         changed = [
             f"{name} was {value!r}, is {now.get(name)!r}"
             for name, value in began.items()
@@ -136,7 +139,12 @@ def _is_same(name: str, value: Any, other: Any) -> bool:
         return bool(value == other)
     if name == "model" and isinstance(value, str):
         return os.path.realpath(value) == os.path.realpath(other) and os.path.exists(value)
-    return name == "adapter" or name in EvaluationConfig.sources()
+    return name == "adapter" or name in _known_by_digests()
+
+
+def _known_by_digests() -> set[str]:
+    """Options that name rows, or what is read beside them."""
+    return {*EvaluationConfig.sources(), *(f.name for f in fields(EvaluationConfig) if BESIDE in f.metadata)}
 
 
 def settings_to_resume(files: EvaluationFiles) -> dict[str, Any]:
@@ -150,9 +158,7 @@ def settings_to_resume(files: EvaluationFiles) -> dict[str, Any]:
         check_values(values, field_types(EvaluationConfig))
     except (ValueError, UserError) as error:
         raise UserError(f"--resume: '{files.settings}' is damaged: start the evaluation anew.") from error
-    places = {f.name for f in fields(EvaluationConfig) if BESIDE in f.metadata}
-    places |= {"model", "adapter", "lm_eval_path", *COMPARED, *EvaluationConfig.sources()}
-    return _places_from_here(files, settings, places)
+    return _places_from_here(files, settings, {"model", "adapter", "lm_eval_path", *COMPARED, *_known_by_digests()})
 
 
 def kept_options(options: EvaluationOptions) -> dict[str, Any]:
@@ -231,6 +237,24 @@ def _in_journal(settings: Mapping[str, Any]) -> dict[str, str]:
     if settings.get("leaks") and "holdout" in settings["digests"]:
         known[THE_JUDGES] = settings["digests"].get(THE_JUDGES, settings["digests"]["holdout"])
     return known
+
+
+def _tests_in_journal(settings: Mapping[str, Any]) -> set[str]:
+    """The leak tests of which the journal may have measurements, by what settings.json holds."""
+    return {*settings.get(TESTS_IN_JOURNAL, ()), *settings.get("leaks", ())}
+
+
+def _unused(began: Mapping[str, Any]) -> set[str]:
+    """The options of leak tests and benchmarks alone that have measured nothing, by what settings.json holds."""
+    tests, digests = _tests_in_journal(began), _in_journal(began)
+    by_use: dict[bool, set[str]] = {True: set(), False: set()}
+    for test in LEAK_TESTS:
+        by_use[test.name in tests] |= {f.name for f in fields(test.options)}
+    for benchmark in BENCHMARKS:
+        names = {f.name for f in fields(benchmark.options)}
+        own = benchmark.own_sets(benchmark.options(**{name: began[name] for name in names & began.keys()}))
+        by_use[bool(own) or not digests.keys().isdisjoint(benchmark.sets)] |= names
+    return by_use[False] - by_use[True]
 
 
 def has_changed(name: str, directory: Path) -> UserError:

@@ -152,11 +152,13 @@ def test_what_is_not_given_stays_as_the_evaluation_began(byte_model, files, caps
     monkeypatch.chdir(files / "yonder")
     resumed = ["evaluate", "--output-dir", "../out", "--resume", "--device", "cpu", "--leaks", "relearning"]
     fails(capsys, main([*resumed, "--relearn-steps", "20"]), "other settings (relearn_steps was 2, is 20): use those")
-    assert main([*resumed, "extraction"]) == 0
+    assert main([*resumed, "extraction", "sampling", "--leak-samples", "3"]) == 0  # options of what is added
+    fails(capsys, main([*resumed, "--leak-samples", "2"]), "other settings (leak_samples was 3, is 2): use those")
     now = json.loads((files / "out" / "settings.json").read_text())
     changed = {name for name in settings if settings[name] != now[name]}
-    assert changed == {"leaks", "output_dir", "resume", "model", "forget", "holdout"} and now["relearn_steps"] == 2
-    assert {*result(files)["leaks"]} == {"relearning", "extraction"}
+    of_tests, places = {"leaks", "leaks_in_journal", "leak_samples"}, {"output_dir", "model", "forget", "holdout"}
+    assert changed == {*of_tests, *places, "resume"} and now["relearn_steps"] == 2
+    assert {*result(files)["leaks"]} == {"relearning", "extraction", "sampling"}
     fails(capsys, main(["evaluate", "--output-dir", "none", "--resume"]), "there is no evaluation in 'none'")
     for edited in ({"relearn_steps": "two"}, {"seed": -1}, {"forget": ["forget.jsonl"]}):
         (files / "out" / "settings.json").write_text(json.dumps({**now, **edited}))

@@ -42,3 +42,30 @@ def test_the_journal_goes_on_with_the_rows_that_it_knows(first, later, changed, 
     else:
         with pytest.raises(UserError, match=f"--resume: {changed} has changed"):
             measure(later, leaks=("extraction",))
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "changed"),
+    [
+        ({"leaks": ("extraction",)}, {"leaks": ("extraction", "sampling"), "leak_samples": 2}, None),
+        ({"leaks": ("sampling",)}, {"leaks": ("sampling",), "leak_samples": 2}, "leak_samples was 8, is 2"),
+        ({"leaks": ("sampling",)}, {"leaks": ("sampling", "relearning"), "relearn_steps": 9}, None),
+        ({}, {"lm_eval": ("mmlu",), "lm_eval_shots": 3}, None),
+        ({"lm_eval": ("mmlu",)}, {"lm_eval": ("mmlu",), "lm_eval_shots": 3}, "lm_eval_shots was None, is 3"),
+        ({}, {"muse_knowmem": "q", "muse_examples": "e", "muse_retrained_auc": 0.4}, None),
+    ],
+)
+def test_what_has_measured_nothing_may_have_other_options(first, later, changed, measure):
+    for leaks in (first.get("leaks", ()), ()):  # whose measurements stay, though they are left out
+        measure(**{**first, "leaks": leaks})
+    if changed is None:
+        measure(**later)
+    else:
+        with pytest.raises(UserError, match=changed):
+            measure(**later)
+
+
+def test_the_options_of_a_benchmark_are_known_by_its_rows(measure):
+    measure({"MUSE privleak": "a"}, muse_privleak="t", muse_privleak_holdout="u")
+    with pytest.raises(UserError, match="muse_retrained_auc was 0.5, is 0.4"):
+        measure({"MUSE privleak": "a"}, muse_privleak="t", muse_privleak_holdout="u", muse_retrained_auc=0.4)
