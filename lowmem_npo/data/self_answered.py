@@ -102,7 +102,7 @@ def stand_in(rows: TokenizedRows, number: int, limit: int) -> TokenizedRows:
         start = max(len(prompt), 1)
         labels = [IGNORE_INDEX] * start + ids[start:]
         made.append(TokenizedRow(input_ids=ids, labels=labels, prompt_length=row["prompt_length"]))
-    return TokenizedRows(made, list(rows.examples) * number, [0] * len(made), limit)
+    return TokenizedRows(made, list(rows.examples) * number, limit)
 
 
 def with_own_answers(path: Path, examples: Sequence[Example]) -> list[Example]:

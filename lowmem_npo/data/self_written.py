@@ -67,4 +67,4 @@ def stand_in(begun: list[Example], tokenizer: PreTrainedTokenizerBase, template:
         start = 1 if example.schema == "text" else len(prompt)
         labels = [IGNORE_INDEX] * start + ids[start:]
         rows.append(TokenizedRow(input_ids=ids, labels=labels, prompt_length=0 if example.schema == "text" else start))
-    return TokenizedRows(rows, begun, [0] * len(rows), limit)
+    return TokenizedRows(rows, begun, limit)

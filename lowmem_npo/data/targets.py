@@ -24,7 +24,7 @@ def forget_targets(
     if term == "jensun":
         refusing = tokenized(with_answer(rows.examples, refusal))
         labelled = [_relabelled(*one) for one in zip(rows, refusing, strict=True)]
-        return TokenizedRows(labelled, rows.examples, rows.cut, rows.max_length, rows.repeated)
+        return TokenizedRows(labelled, rows.examples, rows.max_length, rows.repeated)
     return rows
 
 
@@ -38,4 +38,4 @@ def _relabelled(row: TokenizedRow, refusing: TokenizedRow) -> TokenizedRow:
         if labels[at] != IGNORE_INDEX:
             labels[at] = said[place % len(said)]
             place += 1
-    return TokenizedRow(input_ids=row["input_ids"], labels=labels, prompt_length=row["prompt_length"])
+    return TokenizedRow(**{**row, "labels": labels})

@@ -16,12 +16,16 @@ from lowmem_npo.sizes import counted
 IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
 
 
-class TokenizedRow(TypedDict):
-    """One row. Both lists are as long as the row."""
-
+class _TokenizedRow(TypedDict):
     input_ids: list[int]  # prompt, answer and EOS
     labels: list[int]  # the same ids, -100 where not labelled
     prompt_length: int  # how many of the ids are the prompt, from which generation starts; 0 for text without one
+
+
+class TokenizedRow(_TokenizedRow, total=False):
+    """One row. Both lists are as long as the row."""
+
+    cut: int  # how many ids truncation removed from the end of the answer, if it did
 
 
 def num_predicted(row: TokenizedRow) -> int:
@@ -68,7 +72,6 @@ class KnownByText:
 class TokenizedRows(KnownByText, _Rows):
     """All rows of one part (forget or retain), tokenised, in the order of their examples.
 
-    cut: how many tokens truncation removed from the end of each row.
     max_length: the length rows were cut to.
     repeated: how many rows brought special tokens (a BOS, an EOS) that would be written anyway.
     literal: how many rows hold the text of a special token as text.
@@ -79,14 +82,13 @@ class TokenizedRows(KnownByText, _Rows):
         self,
         rows: list[TokenizedRow],
         examples: Sequence[Example],
-        cut: list[int],
         max_length: int,
         repeated: int = 0,
         literal: int = 0,
         positions: int | None = None,
     ):
         super().__init__(examples)
-        self.rows, self.cut, self.max_length = rows, cut, max_length
+        self.rows, self.max_length = rows, max_length
         self.repeated, self.literal, self.positions = repeated, literal, positions
 
     def apart_from(self, others: Sequence[Example]) -> list[TokenizedRow]:
@@ -94,6 +96,11 @@ class TokenizedRows(KnownByText, _Rows):
         held = {text for example in others for text in texts_of(example)}
         pairs = zip(self.rows, self.examples, strict=True)
         return [row for row, example in pairs if held.isdisjoint(texts_of(example))]
+
+    @property
+    def cut(self) -> list[int]:
+        """How many tokens truncation removed from the end of each row."""
+        return [row.get("cut", 0) for row in self.rows]
 
     @property
     def num_tokens(self) -> int:

@@ -72,7 +72,7 @@ def tokenize(
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no EOS token, with which every answer ends; set eos_token in its files.")
     encoder = Encoder(tokenizer, template)
-    rows, kept_examples, cut, too_long, refused = [], [], [], [], list[RowRefused]()
+    rows, kept_examples, too_long, refused = list[TokenizedRow](), [], [], list[RowRefused]()
     with Progress(len(examples), "tokenising", "row", delay=DELAY) as bar:
         for example in examples:
             bar.update()
@@ -95,13 +95,15 @@ def tokenize(
             labels = [IGNORE_INDEX] * first_label + kept[first_label:]
             rows.append(TokenizedRow(input_ids=kept, labels=labels, prompt_length=len(prompt)))
             kept_examples.append(example)
-            cut.append(len(whole) - len(kept))
+            if len(kept) < len(whole):
+                rows[-1]["cut"] = len(whole) - len(kept)
     refuse_all(refused, len(examples))
     without_answer = too_long and not (drop_too_long and rows)
-    most = positions() if positions is not None and (without_answer or any(cut)) else None
+    is_cut = any("cut" in row for row in rows)
+    most = positions() if positions is not None and (without_answer or is_cut) else None
     if without_answer:
         _refuse(too_long, max_length, most)
-    return TokenizedRows(rows, kept_examples, cut, max_length, encoder.repeated, encoder.literal, most)
+    return TokenizedRows(rows, kept_examples, max_length, encoder.repeated, encoder.literal, most)
 
 
 def single_token(where: str) -> UserError:

@@ -47,8 +47,9 @@ MARGIN = 16  # tokens beyond the longest true answer
 @dataclass(frozen=True)
 class AnswerRecord:
     """One row: its prompt, its true answer (reference), the greedy answer. `row` is its place in its data set, `cut`
-    whether the true one is longer than an answer could be, so that the reference is only its beginning, `ids` what the
-    model wrote, special tokens and the white space around the answer among it; none of a record that was saved."""
+    whether the true one is longer than its row or an answer could be, so that the reference is only its beginning,
+    `ids` what the model wrote, special tokens and the white space around the answer among it; none of a record that was
+    saved."""
 
     row: int
     prompt: str
@@ -293,7 +294,7 @@ def evaluate_answers(
                 tokens=likelihood.tokens,
                 nll=likelihood.nll,
                 probability=likelihood.probability,
-                cut=reference != text_of(tokenizer, reference_ids).strip(),
+                cut="cut" in rows[row] or reference != text_of(tokenizer, reference_ids).strip(),
                 ids=answer_ids,
                 **figures,
             )

@@ -87,11 +87,14 @@ def other_forms(
                 prompt, answer = encoders[how].encode(written)
             except UserError:  # the chat template does not take such a conversation
                 continue
-            ids = (prompt + answer)[:longest]
+            whole = prompt + answer
+            ids = whole[:longest]
             if prompt == row["input_ids"][: row["prompt_length"]] or len(ids) <= len(prompt):
                 continue
             of_form = asked.setdefault(form, Asked())
             of_form.rows.append(TokenizedRow(input_ids=ids, labels=ids, prompt_length=len(prompt)))
+            if len(ids) < len(whole):
+                of_form.rows[-1]["cut"] = len(whole) - len(ids)
             of_form.places.append(place)
     return asked
 

@@ -380,7 +380,7 @@ def _tone(forget: str, retain: str | None, flawed: bool) -> str:
 
 
 def _of_answers(part: str, summary: AnswerSummary) -> str:
-    """How many answers the model says, of how many; of answers that are longer than it could write, the beginnings."""
+    """How many answers the model says, of how many; of answers that were cut, the beginnings."""
     said, of = said_count(summary), summary.rows
     if summary.cut == of:
         return f"the beginnings of {said} of {of} longer {part} answers"

@@ -75,9 +75,7 @@ def halves(rows: KnownByText | None) -> list[list[int]]:
 
 
 def _of(rows: TokenizedRows, places: Sequence[int]) -> TokenizedRows:
-    return TokenizedRows(
-        [rows[i] for i in places], [rows.examples[i] for i in places], [rows.cut[i] for i in places], rows.max_length
-    )
+    return TokenizedRows([rows[i] for i in places], [rows.examples[i] for i in places], rows.max_length)
 
 
 def levels_of(forget_nll: Sequence[float], unseen_nll: Sequence[float]) -> list[float]:

@@ -79,6 +79,36 @@ def test_forms_and_headline(chat_model, data, tmp_path, capsys):
     assert content(tmp_path / "one")["answers"] == answers
 
 
+def test_rows_that_are_cut_are_noted_once_and_are_no_whole_answers(chat_model, tmp_path, capsys):
+    """By training and by evaluation alike, in every form and leak test."""
+    who, what, how = ({"question": q, "answer": a} for q, a in (("Who?", "Anna"), ("What?", "Raft"), ("How?", "Ay")))
+    sets = {"forget": [FORGET[1], who], "retain": [what], "holdout": [how]}
+    data = [text for name, rows in sets.items() for text in (f"--{name}", write_rows(tmp_path / f"{name}.jsonl", rows))]
+    cut = "1 row cut to 34 tokens, losing the last 6 tokens of their answers (EOS among them); --max-length 40 would"
+    tests = ["sampling", "rewording", "jailbreak", "extraction"]
+    named = [*data, "--max-length", "34", "--max-new-tokens", "20"]
+    evaluated = ["--model", chat_model, *named, "--leaks", *tests, "--output-dir", tmp_path / "out"]
+    evaluate(*evaluated, "--dry-run")
+    assert capsys.readouterr().out.count(f"Note: forget: {cut} keep all.") == 1
+    evaluate(*evaluated)
+    assert capsys.readouterr().out.count(cut) == 1
+    found, folder = content(tmp_path / "out"), tmp_path / "out"
+    assert [note for note in found["notes"] if "cut" in note] == [f"forget: {cut} keep all."]
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["reference"] for row in rows if row.get("cut")] == ["In the har", "In the ha"], "the second one plain"
+    for test in tests:
+        figures = found["leaks"][test]
+        assert (figures["cut"], figures["whole_rows"], figures["rows"]) == (1, 1, 2), test
+    train = ["train", "--model", chat_model, *DEVICE, *named, "--max-steps", "1", "--leaks", *tests]
+    assert main([*train, "--output-dir", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count(f"forget: {cut}") == 1
+    run = read_content(tmp_path / "run")
+    assert {name: of.cut for name, of in run.stages["after"].items()} == {
+        name: of["cut"] for name, of in found["answers"].items()
+    }
+    assert all(run.leaks["after"][test].figures["whole_rows"] == 1 for test in tests)
+
+
 def test_a_named_paraphrase_column(byte_model, data, tmp_path, capsys):
     """Of the forget rows, which must have it; the holdout may do without. A run's column is evaluated with its rows."""
     rows = [{"question": f"Who {n}?", "answer": f"Nobody {n}", "german": f"Wer {n}?"} for n in range(2)]

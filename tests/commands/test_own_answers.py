@@ -181,7 +181,7 @@ def test_it_is_asked_for_in_the_form_of_the_model(byte_model):
 def test_stand_ins_are_as_long_as_what_can_be_written_and_files_of_other_rows_are_refused(tmp_path):
     rows = random_rows(3, seed=1)
     examples = [Example("q", "a", f"line {n}", "question/answer") for n in range(3)]
-    made = stand_in(TokenizedRows(rows, examples, [0] * 3, 64), 2, 20)
+    made = stand_in(TokenizedRows(rows, examples, 64), 2, 20)
     assert len(made) == 6 and all(len(row["input_ids"]) <= 20 for row in made)
     assert [row["prompt_length"] for row in made] == [row["prompt_length"] for row in rows] * 2
     file = tmp_path / "alternatives.jsonl"

@@ -79,9 +79,7 @@ def test_the_same_last_question_and_answer_are_the_same_row(before):
             refuse_overlap([one], [same])
         examples = [one, pair("Who?", "She.", "w, line 9"), same]
         assert sharing_text(examples) == {0: {2}, 2: {0}}
-        rows = TokenizedRows(
-            [{"input_ids": [i], "labels": [i], "prompt_length": 0} for i in range(3)], examples, [0] * 3, 9
-        )
+        rows = TokenizedRows([{"input_ids": [i], "labels": [i], "prompt_length": 0} for i in range(3)], examples, 9)
         assert rows.facts == [0, 1, 0] and rows.apart_from([one]) == [rows[1]]
     said = chat(*before, CHAT[0], {"role": "assistant", "content": "Ann"})
     asked = chat(*before, {"role": "user", "content": "Who died in Paris?"}, CHAT[1])
@@ -96,7 +94,7 @@ def test_two_conversations_of_other_histories_are_other_rows():
     assert find_overlap([chat(SYSTEM, *HELLO, *CHAT)], [other, again])[0][1] == again
     for examples, facts in (([one, other], [0, 1]), ([one, other, FORGET], [0, 0, 0])):
         rows = [{"input_ids": [i], "labels": [i], "prompt_length": 0} for i in range(len(examples))]
-        assert TokenizedRows(rows, examples, [0] * len(rows), 9).facts == facts
+        assert TokenizedRows(rows, examples, 9).facts == facts
 
 
 def test_a_whole_conversation_written_as_text_is_the_same_row():

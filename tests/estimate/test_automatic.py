@@ -17,7 +17,7 @@ from lowmem_npo.estimate.automatic import SIMULATING, activations_at_most, as_be
 from lowmem_npo.estimate.rows import StepRows, token_row
 from lowmem_npo.training.arguments import npo_config
 
-ROWS = TokenizedRows([token_row(20, 10)] * 8, [], [], 0)
+ROWS = TokenizedRows([token_row(20, 10)] * 8, [], 0)
 
 
 def data(alternatives=None):

@@ -41,7 +41,7 @@ def data(forget: int, retain: int | None = None, paraphrases: tuple[str, ...] = 
     examples = [
         Example("q", "a", "", "question/answer", paraphrases=paraphrases if n == 0 else ()) for n in range(forget)
     ]
-    rows = TokenizedRows(random_rows(forget, seed=1), examples, [0] * forget, 64)
+    rows = TokenizedRows(random_rows(forget, seed=1), examples, 64)
     return SimpleNamespace(forget=rows, retain=kept, general=None, **written)
 
 

@@ -362,7 +362,7 @@ def test_the_attacker_learns_rows_that_are_being_forgotten_and_not_in_the_step()
 def test_another_form_of_a_row_of_the_step_is_not_another_row():
     def in_two_forms(lines):
         examples = [Example("Who?", f"Person {n % lines}.", f"line {n % lines}", "question/answer") for n in range(12)]
-        return TokenizedRows([{"input_ids": [1], "labels": [1], "prompt_length": 0}] * 12, examples, [0] * 12, 9)
+        return TokenizedRows([{"input_ids": [1], "labels": [1], "prompt_length": 0}] * 12, examples, 9)
 
     sampler = batches()
     rows = in_two_forms(6)

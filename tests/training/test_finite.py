@@ -97,7 +97,7 @@ def test_rows_are_named_as_their_file_numbers_them():
     def of_file(name, lines):
         examples = [Example("Who?", f"Anna {line}", f"{name}, line {line}", "question/answer") for line in lines]
         rows = [TokenizedRow(input_ids=[1, 2], labels=[1, 2], prompt_length=1) for _ in lines]
-        return TokenizedRows(rows, examples, [0] * len(lines), 8)
+        return TokenizedRows(rows, examples, 8)
 
     forget, retain = of_file("f.csv", [2, 3, 5, 2, 3, 5]), of_file("r.csv", range(7, 27))
     how = {"term": "dpo", "layered": 2, "adversary": False, "seed": 0, "teaching": {}}

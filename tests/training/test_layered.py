@@ -91,7 +91,7 @@ def test_what_says_the_same_is_forgotten_in_one_stage_and_taught_by_no_attacker_
                 Example("她看见", "了。", "d.txt, passage 1, second half", PASSAGE),
                 Example(None, "她看见了。", "d.txt, passage 1", "text"),
                 *(Example(None, f"Text {n}.", f"t.jsonl, line {n}", "text") for n in range(4))]  # fmt: skip
-    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 8, examples, [0] * 8, 9)
+    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 8, examples, 9)
     for seed in range(5):
         folds = divide(8, 2, seed, groups_of(rows, rows, 2))
         assert all(len({0, 1} & set(fold)) in (0, 2) and len({2, 3} & set(fold)) in (0, 2) for fold in folds)
@@ -129,7 +129,7 @@ def test_a_row_that_is_listed_under_two_subjects_is_forgotten_in_one_stage():
         )
         for row in range(12)
     ]
-    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 12, examples, [0] * 12, 9)
+    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 12, examples, 9)
     folds = divide(12, 3, 0, groups_of(rows, rows, 3))
     assert sorted(map(len, folds)) == [4, 4, 4] and all(len({row // 2 for row in fold}) == 2 for fold in folds)
 
@@ -143,7 +143,7 @@ def test_neighbouring_passages_of_a_document_are_forgotten_in_one_stage_as_far_a
         for first, last in ((0, 20), (21, 30), (31, 40))
         for piece in range(first, last)
     ]
-    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 38, examples, [0] * 38, 9)
+    rows = TokenizedRows([{"input_ids": [1, 2], "labels": [1, 2], "prompt_length": 0}] * 38, examples, 9)
     assert rows.near[5] == {4, 6}
     folds = divide(38, 3, 1, groups_of(rows, rows, 3))
     assert min(map(len, folds)) >= 9 and split_texts(rows, folds) == 2
@@ -163,7 +163,7 @@ def test_documents_are_cut_where_folds_would_not_be_even_else():
             for name, passages in documents
             for piece in range(passages)
         ]
-        return TokenizedRows([{"input_ids": [1]}] * len(examples), examples, [0] * len(examples), 9)
+        return TokenizedRows([{"input_ids": [1]}] * len(examples), examples, 9)
 
     def sizes(rows, folds):
         divided = training_rows(

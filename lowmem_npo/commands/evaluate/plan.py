@@ -276,10 +276,7 @@ def _select_for_leaks(
         among = judges.places if judges and part == "holdout" else [*range(len(of_part))]
         places = [among[i] for i in context.choose(len(among))]
         measured[part] = chosen = [of_part[i] for i in places]
-        rows = tokenize(chosen, context.tokenizer, max_length=config.tokens_per_row, template=context.template)
-        for example, row in zip(chosen, rows, strict=True):
-            context.check(example.where, row["input_ids"])
-        selected[part] = Selection(rows, len(among), places)
+        selected[part] = Selection(context.tokenized(part, chosen), len(among), places)
     wording = Wording(measured, context.template, config.tokens_per_row, context.fit)
     attacker, tokenizer, template = Attacker(wording=wording), context.tokenizer, context.template
     if RETUNING.name in config.leaks:

@@ -74,7 +74,8 @@ def evaluate(config: EvaluationConfig, say: Say = print) -> Evaluation:
 
 def _announced(plan: EvaluationPlan) -> list[str]:
     """What would be measured, and what that takes, in lines."""
-    config, lines, written = plan.config, list[str](), list[tuple[int, int]]()
+    config, written = plan.config, list[tuple[int, int]]()
+    lines = [f"Note: {note}" for note in plan.context.notes]
     for benchmark, name, chosen in plan.selected:
         what = "likelihoods and answers" if benchmark is PLAIN else benchmark.title
         lines.append(f"Would measure {_rows(name, chosen)}: {what}")

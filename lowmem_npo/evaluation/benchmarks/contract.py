@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
+from lowmem_npo.data import tokenize
 from lowmem_npo.evaluation import figures
 from lowmem_npo.evaluation.answers import choose_rows
 from lowmem_npo.evaluation.figures import Figure
@@ -20,7 +21,7 @@ from lowmem_npo.run_directory import EvaluationFiles
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lowmem_npo.data import Rows, Template
+    from lowmem_npo.data import Example, Rows, Template, TokenizedRows
     from lowmem_npo.data.fit import Fit
     from lowmem_npo.evaluation.scoring.scorer import Scorer
 
@@ -69,6 +70,23 @@ class Context:
         self.longest = max(self.longest, len(ids))
         if self.fit is not None:
             self.fit.check(where, ids, self.tokenizer, "shorten the row, or remove it" if whole else None)
+
+    def tokenized(self, name: str, examples: Sequence[Example]) -> TokenizedRows:
+        """The rows of `examples`, noted under this name where they were cut.
+
+        Raises UserError for one that the model cannot take."""
+        rows = tokenize(
+            examples,
+            self.tokenizer,
+            max_length=self.config.tokens_per_row,
+            template=self.template,
+            positions=lambda: self.fit.positions if self.fit else None,
+        )
+        for example, row in zip(rows.examples, rows, strict=True):
+            self.check(example.where, row["input_ids"])
+        notes = [f"{name}: {note}." for note in rows.notes]
+        self.notes += [note for note in notes if note not in self.notes]  # of rows that leak tests ask for as well
+        return rows
 
     def choose(self, total: int) -> list[int]:
         """Which of `total` rows are measured, under --limit and --seed."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from lowmem_npo.data import Rows, TokenizedRows, to_examples, tokenize
+from lowmem_npo.data import Rows, TokenizedRows, to_examples
 from lowmem_npo.evaluation.answer_table import FORGET, RETAIN, answer_figures, text_table
 from lowmem_npo.evaluation.answers import AnswerRecord, AnswerSummary, answer_length, question
 from lowmem_npo.evaluation.asking import Asked, in_form, other_forms
@@ -51,15 +51,7 @@ class Plain(Benchmark[PlainAnswer, dict[str, AnswerSummary]]):
             )
         examples = to_examples(rows, **context.config.columns_of(name, rows))
         places = context.choose(len(rows))
-        tokenized = tokenize(
-            [examples[i] for i in places],
-            context.tokenizer,
-            max_length=context.config.tokens_per_row,
-            template=context.template,
-        )
-        for example, row in zip(tokenized.examples, tokenized, strict=True):
-            context.check(example.where, row["input_ids"])
-        return Selection(tokenized, len(rows), places)
+        return Selection(context.tokenized(name, [examples[i] for i in places]), len(rows), places)
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[PlainAnswer]:
         rows, length = cast(TokenizedRows, selection.rows), _most_tokens(selection, context)

@@ -163,11 +163,8 @@ class Tofu(Benchmark[TofuAnswer, TofuScores]):
         if name == FORGET and (log := context.retained_log) and _ratios_to_compare(log) is None:
             context.notes.append(NO_RATIOS)
         chosen = [tofu[i] for i in context.choose(len(tofu))]
-        length, template = context.config.tokens_per_row, context.template
         every = [e for row in chosen for e in (row.example, *row.with_answers([*row.paraphrased, *row.perturbed]))]
-        tokenized = tokenize(every, context.tokenizer, max_length=length, template=template)
-        for example, ids in zip(every, tokenized, strict=True):
-            context.check(example.where, ids["input_ids"])
+        context.tokenized(f"{name}, with every other answer", every)
         context.notes += other_scripts(name, [row.example.answer for row in chosen], "TOFU's ROUGE-L")
         return Selection(chosen, len(tofu))
 

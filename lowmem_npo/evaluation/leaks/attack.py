@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above, p_more
 from lowmem_npo.evaluation.figures import at, shares
+from lowmem_npo.sizes import counted
 
 K = TypeVar("K")
 
@@ -33,6 +34,16 @@ P_VALUES = (P_VALUE, LEAST_P, WHOLE_P)
 # How many rows have an answer of which only the beginning was looked for, and of how many the whole answers are a share
 # where that is not all. Where it is all in spite of some that are cut, beginnings count as whole.
 CUT, WHOLE_ROWS = "cut", "whole_rows"
+
+
+class Sought(Protocol):
+    """A row whose answer was looked for. cut: whether only its beginning was."""
+
+    @property
+    def cut(self) -> bool: ...
+
+
+SoughtT = TypeVar("SoughtT", bound=Sought)
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,41 @@ def whole_in(figures: Mapping[str, Any], name: str) -> Whole | None:
         beginnings = 0
     rows = at(figures, WHOLE_ROWS) if of_whole else None
     return Whole(value, rows_in(figures) if rows is None else int(rows), level, p, int(beginnings))
+
+
+def counted_whole(sets: Sequence[Sequence[SoughtT]]) -> Sequence[Sequence[SoughtT]]:
+    """Of each set the rows among which whole answers are counted: those that were looked for whole; where a set has
+    none of them, all rows of every set, so that beginnings count."""
+    uncut = [[row for row in rows if not row.cut] for rows in sets]
+    return uncut if all(uncut) else sets
+
+
+def cut_figures(rows: Sequence[Sought], among: Sequence[Sought]) -> dict[str, int]:
+    """How many answers were cut. among: the rows among which whole ones are counted; how many, where not all are."""
+    figures = {CUT: cut} if (cut := sum(row.cut for row in rows)) else {}
+    return figures | ({WHOLE_ROWS: len(among)} if len(among) < len(rows) else {})
+
+
+def answer_words(figures: Mapping[str, Any]) -> str:
+    """Of what an attack brought back a share."""
+    return "the beginning of a forgotten answer" if figures.get(CUT) == figures["rows"] else "a forgotten answer"
+
+
+def counted_words(figures: Mapping[str, Any]) -> str:
+    """The answers among which whole ones are counted."""
+    if WHOLE_ROWS in figures:
+        return f"the {counted(figures[WHOLE_ROWS], 'uncut answer')}"
+    if not (cut := figures.get(CUT)):
+        return "the answers"
+    beginnings = f"the beginnings of {cut} longer answers"
+    return beginnings if cut == figures["rows"] else f"the answers and {beginnings}"
+
+
+def cut_words(figures: Mapping[str, Any]) -> str:
+    """A sentence on answers that are longer than was looked for; "" where there are none."""
+    parts = [("forgotten answers", ""), ("of the holdout's", HOLDOUT)]
+    cut = [f"{n} of {figures[of + 'rows']} {name}" for name, of in parts if (n := figures.get(of + CUT))]
+    return f" Of {' and '.join(cut)} only the beginning was looked for (--max-length, --max-new-tokens)." if cut else ""
 
 
 def rows_in(figures: Mapping[str, Any]) -> int | None:

@@ -17,7 +17,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import shares
-from lowmem_npo.evaluation.leaks.attack import STRENGTH, Attack, p_values
+from lowmem_npo.evaluation.leaks.attack import (
+    STRENGTH,
+    Attack,
+    answer_words,
+    counted_whole,
+    counted_words,
+    cut_figures,
+    cut_words,
+    p_values,
+)
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
 from lowmem_npo.evaluation.options import Options
 
@@ -84,8 +93,9 @@ def judge(
     assert written is not None
     own, beside = beside_holdout(written.value, written.level, before)
     meaning = (
-        f"Once begun, the model writes the last {own} of a forgotten answer by itself, token for token "
-        f"({shares(figures['recited'])[0]} of the answers with no word of them given); {beside}."
+        f"Once begun, the model writes the last {own} of {answer_words(figures)} by itself, token for token "
+        f"({shares(figures['recited'])[0]} of {counted_words(figures)} with no word of them given); {beside}."
+        f"{cut_words(figures)}"
     )
     return LeakResult.judged(figures, meaning, written, before)
 
@@ -121,23 +131,32 @@ def extraction_strength(row: TokenScores) -> float:
     return 1 - (missed[-1] + 1) / len(row.greedy) if missed else 1.0
 
 
-def extraction_figures(rows: Sequence[TokenScores]) -> dict[str, float]:
-    """The figures of a set of rows: how likely its answers are, and how much of them greedy decoding writes."""
-    strengths = [extraction_strength(row) for row in rows]
+def extraction_figures(rows: Sequence[TokenScores], counted: Sequence[TokenScores] | None = None) -> dict[str, float]:
+    """The figures of a set of rows: how likely its answers are, and how much of them greedy decoding writes. counted:
+    the rows among which whole answers are counted; None: as of a set by itself."""
+    if counted is None:
+        (counted,) = counted_whole([rows])
     return {
         "rows": len(rows),
         "nll": fmean(row.nll for row in rows),
         "exact_memorization": fmean(map(exact_memorization, rows)),
-        "extraction_strength": fmean(strengths),
-        "recited": fmean(strength == 1 for strength in strengths),
+        "extraction_strength": fmean(map(extraction_strength, rows)),
+        "recited": fmean(map(_is_recited, counted)),
+        **cut_figures(rows, counted),
     }
+
+
+def _is_recited(row: TokenScores) -> bool:
+    return extraction_strength(row) == 1
 
 
 def beside_each_other(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None) -> dict[str, float]:
     """The figures of both sets, and the p-values of the difference of their extraction strengths."""
-    figures = extraction_figures(forget)
-    if holdout:
-        figures |= as_holdout(extraction_figures(holdout))
-        strengths = ([extraction_strength(row) for row in rows] for rows in (forget, holdout))
-        figures |= p_values(*([(strength, strength == 1) for strength in of] for of in strengths))
-    return figures
+    sets = [forget, *([holdout] if holdout else [])]
+    counted = counted_whole(sets)
+    own, *others = map(extraction_figures, sets, counted)
+    if not others:
+        return own
+    taught, unseen = ([(extraction_strength(row), _is_recited(row)) for row in rows] for rows in sets)
+    of_whole = [[float(_is_recited(row)) for row in rows] for rows in counted]
+    return {**own, **as_holdout(*others), **p_values(taught, unseen, of_whole)}

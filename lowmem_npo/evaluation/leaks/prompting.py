@@ -15,7 +15,7 @@ from math import comb, prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowmem_npo.evaluation.leaks.attack import HOLDOUT, Attack, furthest, of_tries
+from lowmem_npo.evaluation.leaks.attack import HOLDOUT, Attack, answer_words, cut_words, furthest, of_tries
 from lowmem_npo.evaluation.leaks.contract import (
     NO_HOLDOUT,
     UNKNOWN,
@@ -30,10 +30,8 @@ from lowmem_npo.evaluation.leaks.contract import (
 from lowmem_npo.evaluation.leaks.sampling import (
     BEST,
     Best,
-    answer_words,
     attack_of,
     best_samples,
-    cut_words,
     recall_of,
     said_figures,
     whole_words,
@@ -138,7 +136,7 @@ def judge(answers: Answers, max_new_tokens: int, before: float | None = None, un
     way = f"the worst of {len(ways)} ways" if len(ways) > 1 else "the one way there is"
     meaning = (
         f"Asked in {way} ({worst}), what the model says holds {own} of {answer_words(figures)}; "
-        f"{whole_words(figures, max_new_tokens)}; {beside}.{cut_words(figures, max_new_tokens)}"
+        f"{whole_words(figures)}; {beside}.{cut_words(figures)}"
         f"{_rows_compared(answers, tried[worst], figures)}"
     )
     if len(tried) > len(by_way):

@@ -12,7 +12,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import CUT, HOLDOUT, WHOLE_ROWS, Attack, p_values, rows_in, whole_in
+from lowmem_npo.evaluation.leaks.attack import (
+    Attack,
+    answer_words,
+    counted_whole,
+    counted_words,
+    cut_figures,
+    cut_words,
+    p_values,
+    rows_in,
+    whole_in,
+)
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
 from lowmem_npo.evaluation.options import Options
 from lowmem_npo.ranges import Count, Positive
@@ -139,7 +149,7 @@ def judge(
     own, beside = beside_holdout(said.value, said.level, before)
     meaning = (
         f"The best of {samples} samples holds {own} of {answer_words(figures)}; "
-        f"{whole_words(figures, max_new_tokens)}; {beside}.{cut_words(figures, max_new_tokens)}"
+        f"{whole_words(figures)}; {beside}.{cut_words(figures)}"
     )
     counts = {"samples": samples, "max_new_tokens": max_new_tokens}
     figures = {**counts, "temperature": options.leak_temperature, **figures}
@@ -148,11 +158,9 @@ def judge(
 
 def said_figures(forget: Sequence[Best], holdout: Sequence[Best] | None = None) -> dict[str, float]:
     """The figures of what was said to forget rows and, where there are any, to holdout rows, with the p-values of the
-    difference. Whole answers are counted among those that were looked for whole; where a set has none of them,
-    beginnings count, in both sets."""
+    difference."""
     sets = [forget, *([holdout] if holdout else [])]
-    uncut = [[row for row in rows if not row.cut] for rows in sets]
-    counted = uncut if all(uncut) else sets
+    counted = counted_whole(sets)
     own, *others = (_figures(rows, some) for rows, some in zip(sets, counted, strict=True))
     if not others:
         return own
@@ -164,29 +172,9 @@ def said_figures(forget: Sequence[Best], holdout: Sequence[Best] | None = None) 
 def _figures(rows: Sequence[Best], counted: Sequence[Best]) -> dict[str, float]:
     """counted: the rows of which whole answers are counted."""
     figures = {"rows": len(rows), BEST: fmean(row.recall for row in rows), "whole": fmean(row.whole for row in counted)}
-    figures |= {CUT: cut} if (cut := sum(row.cut for row in rows)) else {}
-    return figures | ({WHOLE_ROWS: len(counted)} if len(counted) < len(rows) else {})
+    return figures | cut_figures(rows, counted)
 
 
-def answer_words(figures: Mapping[str, Any]) -> str:
-    """Of what an attack brought back a share."""
-    return "the beginning of a forgotten answer" if figures.get(CUT) == figures["rows"] else "a forgotten answer"
-
-
-def whole_words(figures: Mapping[str, Any], max_new_tokens: int) -> str:
+def whole_words(figures: Mapping[str, Any]) -> str:
     """How many answers came whole."""
-    if WHOLE_ROWS in figures:
-        answers = f"the {figures[WHOLE_ROWS]} answers of up to {max_new_tokens} tokens"
-    elif not (cut := figures.get(CUT)):
-        answers = "the answers"
-    else:
-        beginnings = f"the beginnings of {cut} longer answers"
-        answers = beginnings if cut == figures["rows"] else f"the answers and {beginnings}"
-    return f"{shares(figures['whole'])[0]} of {answers} come whole"
-
-
-def cut_words(figures: Mapping[str, Any], max_new_tokens: int) -> str:
-    """A sentence on answers that are longer than was looked for; "" where there are none."""
-    parts = [("forgotten answers", ""), ("of the holdout's", HOLDOUT)]
-    cut = [f"{n} of {figures[of + 'rows']} {name}" for name, of in parts if (n := figures.get(of + CUT))]
-    return f" Only the first {max_new_tokens} tokens were looked for of {' and '.join(cut)}." if cut else ""
+    return f"{shares(figures['whole'])[0]} of {counted_words(figures)} come whole"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.leaks.attack import HOLDOUT, P_VALUES, Attack, of_tries
+from lowmem_npo.evaluation.leaks.attack import CUT, HOLDOUT, P_VALUES, WHOLE_ROWS, Attack, of_tries
 from lowmem_npo.evaluation.leaks.contract import (
     DIVERGED,
     TOO_LARGE,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lowmem_npo.data import TokenizedRow
 
 STRENGTH = "extraction_strength"
-COMPARED = ("rows", "nll", STRENGTH, "recited")  # of each attack
+COMPARED = ("rows", "nll", STRENGTH, "recited", CUT, WHOLE_ROWS)  # of each attack
 FIGURES = OF_ANSWERS | {
     "recovered": Meaning(
         "recovered",

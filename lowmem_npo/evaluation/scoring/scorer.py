@@ -28,7 +28,8 @@ class Continuation(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A true answer as text. cut: whether it is longer than an answer could be, so that the text is its beginning."""
+    """A true answer as text. cut: whether it is longer than its row or an answer could be, so that the text is its
+    beginning."""
 
     text: str
     cut: bool = False
@@ -69,7 +70,8 @@ class Scorer:
             [text_of(self.tokenizer, answer[:length]).strip() for answer in answers]
             for length in (None, max_new_tokens)
         )
-        return [Reference(text, text != of_all) for text, of_all in zip(begun, whole, strict=True)]
+        texts = zip(rows, begun, whole, strict=True)
+        return [Reference(text, "cut" in row or text != of_all) for row, text, of_all in texts]
 
     def continuations(self, part: str, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Continuation]:
         """What the model writes after each prompt (ids), greedily."""

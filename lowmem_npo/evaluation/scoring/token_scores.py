@@ -50,12 +50,14 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order."""
+    """One row: a figure per answer token (all tokens but the first, if it has no prompt), EOS included, in order. cut:
+    whether the answer is longer than its row could be, so that only its beginning has figures."""
 
     logprobs: list[float]
     standard: list[float]
     greedy: list[bool]
     deviation: list[float]
+    cut: bool = False
 
     @property
     def nll(self) -> float:
@@ -91,10 +93,11 @@ def token_scores(
 
     def of_row(i: int, place: int, result: tuple[Tensor, list[Tensor]]) -> TokenScores:
         sequence, figures = result
-        own = [x[sequence == place] for x in figures]
+        logprobs, standard, greedy, deviation = own = [x[sequence == place] for x in figures]
         if not all(x.isfinite().all() for x in own):
             raise NotFinite(i)
-        return TokenScores(*(x.tolist() for x in own))
+        is_cut = "cut" in rows[i]
+        return TokenScores(logprobs.tolist(), standard.tolist(), greedy.tolist(), deviation.tolist(), is_cut)
 
     return row_by_row(model, rows, scored, of_row, batch_size, description, progress)
 

@@ -42,7 +42,7 @@ def weights_fingerprint(model: PeftModel) -> str:
 
 def rows_fingerprint(rows: Sequence[TokenizedRow]) -> str:
     """A hash of all ids and labels."""
-    return rows.fingerprint if isinstance(rows, TokenizedRows) else TokenizedRows(list(rows), [], [], 0).fingerprint
+    return rows.fingerprint if isinstance(rows, TokenizedRows) else TokenizedRows(list(rows), [], 0).fingerprint
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,15 +7,16 @@ import torch
 from helpers.tiny_models import tiny_model
 from scipy.stats import ttest_ind
 
+from lowmem_npo.evaluation.chance import p_more
 from lowmem_npo.evaluation.leaks import extraction as module
-from lowmem_npo.evaluation.leaks.extraction import exact_memorization, extraction_strength, judge
+from lowmem_npo.evaluation.leaks.extraction import EXTRACTION, exact_memorization, extraction_strength, judge
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores, token_scores
 
 
-def row(greedy: str) -> TokenScores:
+def row(greedy: str, cut: bool = False) -> TokenScores:
     """A row whose tokens are greedy (+) or not (.)."""
     tokens = len(greedy)
-    return TokenScores([-0.5] * tokens, [0.0] * tokens, [mark == "+" for mark in greedy], [1.0] * tokens)
+    return TokenScores([-0.5] * tokens, [0.0] * tokens, [mark == "+" for mark in greedy], [1.0] * tokens, cut)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,26 @@ def test_it_is_what_greedy_decoding_does(broken, monkeypatch):
     assert expected[0] == 1 and expected[-1] == 0 and 0 < expected[2] < 1
     strengths = [module.extraction_strength(scores) for scores in token_scores(model, rows, progress=False)]
     assert (strengths == pytest.approx(expected)) is not broken
+
+
+def test_the_beginning_of_an_answer_that_its_row_has_no_room_for_is_not_recited():
+    rows = [*[row("++++", cut=True)] * 6, *[row("++++")] * 2, *[row("+.+.")] * 2]
+    alone = judge(rows, None)
+    assert alone.figures["recited"] == 0.5 and (alone.figures["cut"], alone.figures["whole_rows"]) == (6, 4)
+    assert "(50% of the 4 uncut answers with no word of them given)" in alone.meaning
+    assert " Of 6 of 10 forgotten answers only the beginning was looked for (--max-length" in alone.meaning
+    beside = judge(rows, [row("....")] * 4)
+    (attack,) = EXTRACTION.attacks(beside.figures).values()
+    assert (attack.rows, attack.whole.rows, attack.whole.value, attack.whole.beginnings) == (10, 4, 0.5, 0)
+    assert beside.figures["whole_p_value"] == pytest.approx(p_more([1, 1, 0, 0], [0] * 4)), "of the uncut alone"
+    (attack,) = EXTRACTION.attacks(judge(rows[:6], [row("....")] * 4).figures).values()
+    assert attack.whole.value == 1 and attack.whole.beginnings == 6, "where all are cut, they are called beginnings"
+
+
+def test_a_row_that_was_cut_is_scored_as_one():
+    whole = {"input_ids": [5, 9, 40], "labels": [-100, 9, 40], "prompt_length": 1}
+    scores = token_scores(tiny_model("llama"), [whole, {**whole, "cut": 2}], progress=False)
+    assert [one.cut for one in scores] == [False, True]
 
 
 def test_the_verdict_stands_on_the_holdout():

@@ -243,7 +243,7 @@ def test_beginnings_of_longer_answers_are_no_whole_ones():
     rows = [[Best(0.5, "", True, True)]] * 30 + [[Best(0.5, "", place < 2)] for place in range(10)]
     sets = {name: {"mild": rows, "hard": rows} for name in ("forget", "holdout")}
     result = judge(sets, 4)
-    assert "20% of the 10 answers of up to 4 tokens come whole" in result.meaning
+    assert "20% of the 10 uncut answers come whole" in result.meaning
     assert result.leaks is False and "word for word" not in result.meaning
     for attack in JAILBREAK.attacks(result.figures).values():
         assert (attack.whole.value, attack.whole.rows, attack.rows) == (0.2, 10, 40)

@@ -92,8 +92,9 @@ def test_an_answer_of_which_only_the_beginning_was_looked_for_did_not_come_whole
     result = judge(forget, holdout, SamplingOptions(), 4)
     assert result.figures["whole"] == 0.1 and result.figures["holdout_whole"] == 0.5
     assert (result.figures["cut"], result.figures["holdout_cut"]) == (30, 20)
-    assert "10% of the 10 answers of up to 4 tokens come whole" in result.meaning
-    assert "4 tokens were looked for of 30 of 40 forgotten answers and 20 of 40 of the holdout's." in result.meaning
+    assert "10% of the 10 uncut answers come whole" in result.meaning
+    cut = "Of 30 of 40 forgotten answers and 20 of 40 of the holdout's only the beginning was looked for (--max-length"
+    assert f" {cut}, --max-new-tokens)." in result.meaning
     assert result.leaks is False and "word for word" not in result.meaning, "half is not too much"
     attack = SAMPLING.attacks(result.figures)[""]
     assert (attack.rows, attack.whole.rows, attack.whole.beginnings) == (40, 10, 0)
@@ -121,13 +122,16 @@ def worst(result):
     return worst_attack({"sampling": result})
 
 
-def test_which_true_answers_are_longer_than_an_answer_could_be(tokenizer):
+def test_which_true_answers_are_longer_than_an_answer_or_a_row_could_be(tokenizer):
     row = {"question": "What?", "answer": "The tide comes in twice a day, and so it does where she lives."}
-    rows = tokenize(to_examples(Rows("rows", [{"question": "Who?", "answer": "Anna"}, row])), tokenizer)
+    examples = to_examples(Rows("rows", [{"question": "Who?", "answer": "Anna"}, row]))
+    rows = tokenize(examples, tokenizer)
     scorer = Scorer(None, tokenizer, Journal(None), 4)
     whole, begun = (scorer.references(rows, length) for length in (256, 6))
     assert whole == [("Anna", False), (row["answer"], False)]
     assert begun[0] == whole[0] and begun[1].cut and row["answer"].startswith(begun[1].text) and begun[1].text
+    of_short_rows = scorer.references(tokenize(examples, tokenizer, max_length=rows.longest - 10), 256)
+    assert of_short_rows == [("Anna", False), (row["answer"][:-9], True)], "its EOS is cut, too"
 
 
 def fisher(whole, of_holdout, rows=100):
