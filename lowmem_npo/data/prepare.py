@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -275,12 +275,10 @@ def _refuse_overlaps(
     forget: Sequence[Example], retain: Sequence[Example] | None, holdout: Sequence[Example] | None
 ) -> None:
     """Raises UserError where one set has rows of another."""
-    if retain is not None:
-        refuse_overlap(forget, retain)
-    if holdout is not None:
-        refuse_overlap(forget, holdout, part="holdout")
-        if retain is not None:
-            refuse_overlap(retain, holdout, part="holdout", of="retain")
+    sets = {"forget": forget, "retain": retain, "holdout": holdout}
+    for (of, one), (part, other) in combinations(sets.items(), 2):
+        if one is not None and other is not None:
+            refuse_overlap(one, other, of=of, part=part)
 
 
 def kinds(examples: list[Example]) -> list[Example]:
