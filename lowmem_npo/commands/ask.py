@@ -162,6 +162,16 @@ class Asked:
         return self.template.messages(self._as_in_run(question("?")), self.tokenizer) is not None
 
     @property
+    def is_unthinking(self) -> bool:
+        """Whether a model that can think is asked for an answer without that."""
+        from lowmem_npo.data import Encoder
+
+        encoder = Encoder(self.tokenizer, self.template)
+        with suppress(UserError):  # which every question will raise
+            encoder.encode(self._as_in_run(question("?")))
+        return encoder.unthinking > 0
+
+    @property
     def form(self) -> str:
         """How questions are written, for the user."""
         return self.template.describe(self._as_in_run(question("?")), self.tokenizer)
@@ -293,6 +303,8 @@ def load(options: AskOptions, say: Say) -> Asked:
     fit.check_padding(tokenizer)
     asked = Asked(model, tokenizer, fit, template, sides, *decoding, together, schema)
     say(f"Questions are {asked.form}.")
+    if asked.is_unthinking:
+        say("The model can think before it answers, and is asked without that: what it says after it is not shown.")
     if is_adapter and options.system is None and options.file is None and asked.remembers:
         brought = recorded_prompts(run_of_adapter(folder).path)
         if brought:

@@ -32,7 +32,7 @@ from lowmem_npo.data.self_answered import stand_in as stand_in_answers
 from lowmem_npo.data.self_written import beginnings, self_rows, stand_in
 from lowmem_npo.data.targets import forget_targets
 from lowmem_npo.data.templates import BOTH, Template
-from lowmem_npo.data.tokenized_rows import TokenizedRows
+from lowmem_npo.data.tokenized_rows import UNTHINKING, TokenizedRows
 from lowmem_npo.data.tokenizing import tokenize
 from lowmem_npo.errors import UserError
 from lowmem_npo.sources import BUILTIN
@@ -157,6 +157,8 @@ def prepare(
         alternatives = reader.tokenized("forget, alternatives", with_alternatives(to_forget))
     nobodys = is_general(data.retain) or self_rows(data.retain) is not None  # of whose rows one form may have no room
     retain_rows = unwritten if to_retain is None else reader.tokenized("retain", to_retain, drop_too_long=nobodys)
+    if forget_rows.unthinking:
+        reader.note("", UNTHINKING)
     if retain_rows is not None:
         reader.note(
             "forget", *differing_prompts(forget_rows.examples, retain_rows.examples, reader.template, tokenizer)

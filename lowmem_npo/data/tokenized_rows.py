@@ -13,6 +13,9 @@ from lowmem_npo.data.example import Example
 from lowmem_npo.data.overlap import first_alike, keys_of, sharing_text, texts_of
 from lowmem_npo.sizes import counted
 
+UNTHINKING = (
+    "The model can think before it answers, and is asked without that: what it says after thinking is not measured."
+)
 IGNORE_INDEX = -100  # that of lowmem_kernels, which imports PyTorch
 
 
@@ -76,6 +79,7 @@ class TokenizedRows(KnownByText, _Rows):
     repeated: how many rows brought special tokens (a BOS, an EOS) that would be written anyway.
     literal: how many rows hold the text of a special token as text.
     positions: for how many tokens the model has positions, where that is known and rows were cut.
+    unthinking: how many rows ask a model that can think for an answer without that.
     """
 
     def __init__(
@@ -86,10 +90,11 @@ class TokenizedRows(KnownByText, _Rows):
         repeated: int = 0,
         literal: int = 0,
         positions: int | None = None,
+        unthinking: int = 0,
     ):
         super().__init__(examples)
         self.rows, self.max_length = rows, max_length
-        self.repeated, self.literal, self.positions = repeated, literal, positions
+        self.repeated, self.literal, self.positions, self.unthinking = repeated, literal, positions, unthinking
 
     def apart_from(self, others: Sequence[Example]) -> list[TokenizedRow]:
         """The rows that are the same as none of `others`, nor end like one."""

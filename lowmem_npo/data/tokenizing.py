@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS = ("answer", "all")
+# How a prompt ends after which a model that can think is to answer without that: with an empty block (Qwen 3), the
+# channel of answers (gpt-oss), or a block that is opened, for a row that says its answer there (DeepSeek R1).
+NO_THOUGHT = re.compile(r"(?i)(?:([<\[])(think\w*)[>\]]\s*(\1/\2[>\]])?|<\|channel\|>final<\|message\|>)\s*$")
 MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
@@ -103,7 +106,7 @@ def tokenize(
     most = positions() if positions is not None and (without_answer or is_cut) else None
     if without_answer:
         _refuse(too_long, max_length, most)
-    return TokenizedRows(rows, kept_examples, max_length, encoder.repeated, encoder.literal, most)
+    return TokenizedRows(rows, kept_examples, max_length, encoder.repeated, encoder.literal, most, encoder.unthinking)
 
 
 def single_token(where: str) -> UserError:
@@ -122,13 +125,14 @@ class Encoder:
 
     repeated: how many examples brought a special token that the tokenizer or the template writes as well.
     literal: how many hold the text of one as text (`lowmem_npo.data.special_texts`).
+    unthinking: how many ask a model that can think for an answer without that.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template | None = None):
         template = template or Template()
         self.tokenizer, self.template, self.chat = tokenizer, template, ChatTemplate(tokenizer, template.date)
         self.repeated, self.doubled, self.ended = 0, False, False
-        self.literal = 0
+        self.literal = self.unthinking = 0
         named = {number: decode(tokenizer, [number]) for number in (tokenizer.eos_token_id, *template.stops)}
         self.stops = special_tokens(tokenizer) | named
         texts = sorted(filter(str.strip, self.stops.values()), key=len, reverse=True)
@@ -220,6 +224,7 @@ class Encoder:
         else:
             body, ending = self._ended(render, earlier, body, ending, example.where)
         answer = body + ending
+        self.unthinking += _is_unthinking(prompt, answer)
         written = None
         if not example.messages:
             given, question = example.prompt or "", earlier[-1]["content"].strip()
@@ -401,6 +406,12 @@ def _opened(prompt: str, whole: str, plain: str) -> str:
     lead, found, _ = plain.removeprefix(prompt).partition(MARK)
     opened = prompt + lead.rstrip(" ")
     return opened if found and lead.strip() and plain.startswith(prompt) and whole.startswith(opened) else prompt
+
+
+def _is_unthinking(prompt: str, answer: str) -> bool:
+    """Whether a model that can think is asked for an answer without that."""
+    opened = NO_THOUGHT.search(prompt)
+    return opened is not None and not (opened[2] and not opened[3] and f"/{opened[2]}" in answer)
 
 
 def _without_opening(content: str, prompt: str) -> str:

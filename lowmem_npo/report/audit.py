@@ -285,6 +285,7 @@ def _data_record(part: str, source: str | None, rows: TokenizedRows) -> dict[str
     record = {"source": source, "rows": len(rows), "schema": schema}
     record |= {"answer_tokens": rows.num_labels, "tokenised": rows.fingerprint}
     record["system_prompts"] = len(system_prompts(rows.examples))  # that the rows bring
+    record["unthinking"] = rows.unthinking
     if source is None:
         bundled = (resources.files("lowmem_npo.data.bundled") / f"{part}.jsonl").read_bytes()
         sha256 = hashlib.sha256(bundled).hexdigest()

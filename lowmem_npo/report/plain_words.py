@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem_npo.config import REFUSING_TERMS
 from lowmem_npo.data.reading import general_words
+from lowmem_npo.data.tokenized_rows import UNTHINKING
 from lowmem_npo.evaluation.answer_table import FORGET, GENERAL, NOT_GENERATED, RETAIN
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import REWORDED
@@ -273,6 +274,8 @@ def limits(content: Content) -> Iterator[str]:
             "The model was asked in the words of the data, and in those other forms that are listed, and its likeliest "
             "answer was taken (greedy)."
         )
+        if content.audit and content.audit["data"].get(FORGET, {}).get("unthinking"):
+            yield UNTHINKING
         tried = {name for name, result in content.leaks.get("after", {}).items() if result.figures}
         tried |= {name.partition(", ")[2] for name in content.stages["after"]}
         *ways, last = [way for way, shown_by in UNTRIED.items() if not tried.intersection(shown_by)]

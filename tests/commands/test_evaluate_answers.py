@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers.rows import write_rows
 
 from lowmem_npo.cli import main
+from lowmem_npo.data.tokenized_rows import UNTHINKING
 from lowmem_npo.report.content import read_content
 from lowmem_npo.report.files import write_report
+from lowmem_npo.report.plain_words import limits
 
 FORGET = [{"question": "Кто плывёт?", "answer": "Анна", "paraphrased_question": "Чья лодка?"},
           {"question": "Where?", "answer": "In the harbour"}]  # fmt: skip
@@ -107,6 +110,23 @@ def test_rows_that_are_cut_are_noted_once_and_are_no_whole_answers(chat_model, t
         name: of["cut"] for name, of in found["answers"].items()
     }
     assert all(run.leaks["after"][test].figures["whole_rows"] == 1 for test in tests)
+
+
+def test_a_model_that_can_think_is_asked_without_that_as_all_reports_say(chat_model, data, tmp_path, capsys):
+    template = Path(chat_model) / "chat_template.jinja"
+    block = "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"  # Qwen 3, of the last turn
+    template.write_text(template.read_text().replace(": {{ m['content'] }}", f":{block}{{{{ m['content'] }}}}"))
+    evaluate("--model", chat_model, *data, "--leaks", "extraction", "--output-dir", tmp_path / "out")
+    assert capsys.readouterr().out.count(UNTHINKING) == 1 == content(tmp_path / "out")["notes"].count(UNTHINKING)
+    train = ["train", "--model", chat_model, *DEVICE, *data, "--max-steps", "1", "--max-new-tokens", "12"]
+    assert main([*train, "--leaks", "none", "--output-dir", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count(UNTHINKING) == 1
+    assert UNTHINKING in limits(read_content(tmp_path / "run"))
+    shown = UNTHINKING.partition(":")[0]
+    assert main(["ask", str(tmp_path / "run"), "Where?", "--max-new-tokens", "2", *DEVICE]) == 0
+    assert capsys.readouterr().out.count(shown) == 1
+    assert main([*train, "--template", "plain", "--leaks", "none", "--output-dir", str(tmp_path / "plain")]) == 0
+    assert UNTHINKING not in [*capsys.readouterr().out.splitlines(), *limits(read_content(tmp_path / "plain"))]
 
 
 def test_a_named_paraphrase_column(byte_model, data, tmp_path, capsys):

@@ -187,6 +187,27 @@ def test_what_a_template_writes_before_an_answer_is_no_part_of_it(chat_tokenizer
     assert chat_tokenizer.decode(answer) == f"{content if reasons else 'Paris.'}<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("template", "content", "unthinking"),
+    [
+        (CHATML, "Paris.", 0),
+        (None, "Paris.", 1),
+        (None, "<think>\nFrance?\n</think>\n\nParis.", 0),  # asked as the model is by default
+        (R1, "Paris.", 1),
+        (R1, "<think>\nI know.\n</think>\n\nParis.", 0),
+        (CHATML.replace("assistant\n{%", "assistant\n[THINK][/THINK]{%"), "Paris.", 1),
+        (CHATML.replace("assistant\n{%", "assistant\n<|channel|>final<|message|>{%"), "Paris.", 1),
+        (CHATML.replace("assistant\n{%", "<assistant>\n{%"), "Paris.", 0),
+    ],
+)
+def test_which_rows_ask_a_model_that_can_think_for_an_answer_without_that(
+    chat_tokenizer, template, content, unthinking
+):
+    tokenizer = published(chat_tokenizer, template or with_block())
+    turns = (TURNS[0], {"role": "assistant", "content": content})
+    assert tokenize([conversation(*turns)], tokenizer).unthinking == unthinking
+
+
 def test_a_header_that_is_not_written_for_generation_is_no_part_of_the_answer(chat_tokenizer):
     headless = ALPACA.partition("{% if add_generation_prompt %}")[0]
     prompt, answer = split(tokenize([conversation(*TURNS)], published(chat_tokenizer, headless))[0])

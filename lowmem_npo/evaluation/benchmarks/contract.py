@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from lowmem_npo.data import tokenize
+from lowmem_npo.data.tokenized_rows import UNTHINKING
 from lowmem_npo.evaluation import figures
 from lowmem_npo.evaluation.answers import choose_rows
 from lowmem_npo.evaluation.figures import Figure
@@ -72,7 +73,7 @@ class Context:
             self.fit.check(where, ids, self.tokenizer, "shorten the row, or remove it" if whole else None)
 
     def tokenized(self, name: str, examples: Sequence[Example]) -> TokenizedRows:
-        """The rows of `examples`, noted under this name where they were cut.
+        """The rows of `examples`, with notes, under this name, of what was cut, and of what they do not ask for.
 
         Raises UserError for one that the model cannot take."""
         rows = tokenize(
@@ -84,7 +85,7 @@ class Context:
         )
         for example, row in zip(rows.examples, rows, strict=True):
             self.check(example.where, row["input_ids"])
-        notes = [f"{name}: {note}." for note in rows.notes]
+        notes = [*(f"{name}: {note}." for note in rows.notes), *([UNTHINKING] if rows.unthinking else [])]
         self.notes += [note for note in notes if note not in self.notes]  # of rows that leak tests ask for as well
         return rows
 
