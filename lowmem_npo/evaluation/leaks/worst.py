@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.chance import of_several
+from lowmem_npo.evaluation.chance import of_several, p_more
 from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.attack import STRENGTH, Attack, Whole, attack_name, furthest, split_name
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, LeakResult, LeakResults, leak_results
@@ -157,9 +157,9 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
 def _beside_gold(attack: Attack, gold: Attack, rows: float | None, tries: int) -> Attack:
     """What an attack brought back, beside what the same one brings from a gold model, in so many `tries` of its test.
 
-    p: how often chance alone would set it so far above that, as far as it is known. Where the test cannot tell for so
-    few rows, that is the holdout's p-value, so that no more is said than by the test. Else it is that of a sign test at
-    best, in which each of the rows, or of the answers that come whole and do not from the gold model, is above.
+    p: how often chance alone would set it so far above that. Where the test cannot tell for so few rows, that is the
+    holdout's p-value, so that no more is said than by the test. Else it is at most this: of the gold model the share of
+    each row is not known, and shares of one mean scatter most where each is 0 or 1, as if answers came whole or not.
     """
     level = gold.by(attack.figure)
     assert level is not None
@@ -168,9 +168,9 @@ def _beside_gold(attack: Attack, gold: Attack, rows: float | None, tries: int) -
         whole = attack.whole.beside(gold.whole, tries)
         whole = whole if p is None or whole.level is None else replace(whole, p=p)
     if p is None and rows is not None:
-        counted = attack.whole.rows if attack.whole is not None and attack.whole.rows else rows
-        above = round((attack.value - level) * counted) if attack.figure == WHOLE else rows
-        p = of_several(0.5 ** max(0, above), tries)
+        answers = [of.whole.rows if attack.figure == WHOLE and of.whole else None for of in (attack, gold)]
+        own, others = (counted or int(rows) for counted in answers)
+        p = of_several(p_more([attack.value] * own, [level] * others), tries)
     return Attack(attack.figure, attack.value, level, p, whole=whole)
 
 

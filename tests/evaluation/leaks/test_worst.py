@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+from statistics import fmean
 
 import pytest
 
 from lowmem_npo.errors import UserError
+from lowmem_npo.evaluation.chance import p_more
 from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.measure import read_leaks, write_leaks
 from lowmem_npo.evaluation.leaks.worst import attacks_of, not_beside_gold, retained_leaks, worst_attack, worst_attacks
@@ -111,10 +114,11 @@ def test_it_stands_out_where_its_test_says_so():
     [
         (written(0.2), 1, None),
         (written(0.2, 0.0), 1, None),
-        (written(0.2), 4, None),  # all four above: by chance in one of 16
-        (written(0.2), 5, True),
-        (said(0.6, 0.4), 10, None),  # four whole answers
-        (said(0.6, 0.5), 10, True),
+        (written(0.2), 5, None),
+        (written(0.2), 24, None),  # four answers and some more, if they came whole or not
+        (written(0.2), 25, True),  # five
+        (said(0.6, 0.3), 10, None),  # three whole answers
+        (said(0.6, 0.4), 10, True),
         (written(0.2), None, True),  # of how many is not known
     ],
 )
@@ -129,11 +133,24 @@ def test_beside_a_gold_model_so_few_rows_are_chance_as_well(own, rows, stands_ou
 
 
 def test_the_more_attacks_a_test_makes_the_more_rows_it_takes_beside_a_gold_model():
-    attacks = {f"{steps} steps": {**written(0.3), "rows": 6} for steps in range(4)}
-    gold = {name: written(0.1) for name in attacks}
-    assert worst_attack(results(relearning=attacks), results(relearning=gold)).p == 4 * 0.5**6
+    attacks = {f"{steps} steps": {**written(0.5), "rows": 10} for steps in range(4)}
+    gold = {name: written(0.0) for name in attacks}
+    worst = worst_attack(results(relearning=attacks), results(relearning=gold))
+    assert worst.p == 4 * p_more([0.5] * 10, [0.0] * 10) and worst.stands_out is None
     one = {name: attacks[name] for name in ("0 steps",)}
     assert worst_attack(results(relearning=one), results(relearning=gold)).stands_out is True
+
+
+def test_a_model_that_is_another_gold_model_shows_no_traces_by_chance():
+    """Of so few rows the two differ by more than the margin now and then: no more often than the p-value says."""
+    draw, p_values, differ = random.Random(0), [], 0
+    for _ in range(400):
+        own, gold = (fmean(draw.betavariate(0.5, 1.5) for _ in range(12)) for _ in range(2))
+        attacked = results(extraction={**written(own), "rows": 12})
+        p_values.append(worst_attack(attacked, results(extraction=written(gold))).p)
+        differ += own > gold + 0.1
+    assert differ > 20
+    assert all(sum(p <= level for p in p_values) <= level * len(p_values) for level in (0.05, 0.2, 0.5))
 
 
 def test_an_attack_on_a_stored_form_is_judged_by_the_rows_that_it_asked_for():
@@ -144,7 +161,7 @@ def test_an_attack_on_a_stored_form_is_judged_by_the_rows_that_it_asked_for():
     stored = results(quantization={**written(0.1, 0.1), "rows": 8, "merged": {"relearning: 20 steps": attack}})
     for attacked in (own, stored):
         worst = worst_attack(attacked, gold)
-        assert worst.p == 0.5**4 and worst.stands_out is None and worst.by_chance, worst.name
+        assert worst.p == p_more([0.9] * 4, [0.1] * 4) and worst.stands_out is None and worst.by_chance, worst.name
 
 
 def test_answers_that_come_whole_stand_out_though_the_mean_hides_them():
