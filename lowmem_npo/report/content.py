@@ -150,7 +150,7 @@ def read_content(directory: Path) -> Content:
         leaks, replaced = merged_leaks(tested)
     for results in leaks.values():
         for result in results.values():
-            result.figures = _numbers_only(result.figures)
+            result.figures = _finite(result.figures)
     included = next((one.stages for one in measured if one.is_first), {})
     figures = evaluation_figures(included)
     with _named(files.metrics):
@@ -277,19 +277,9 @@ def _no_longer_there(known: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _numbers_only(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers and truth values only: anything else in a result could be text of a row."""
-    kept: dict[str, Any] = {}
-    for key, value in figures.items():
-        if isinstance(value, Mapping):
-            kept[key] = _numbers_only(value)
-        elif value is None or isinstance(value, bool):
-            kept[key] = value
-        elif isinstance(value, int | float):
-            kept[key] = finite(value)
-        elif isinstance(value, list) and all(isinstance(item, int | float) for item in value):
-            kept[key] = [finite(item) for item in value]
-    return kept
+def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with None for a number that JSON cannot hold."""
+    return {key: _finite(value) if isinstance(value, Mapping) else finite(value) for key, value in figures.items()}
 
 
 def _read_stopping(files: RunFiles) -> list[str]:

@@ -8,6 +8,7 @@ only what the same attack, with the same options, has found.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 from lowmem_npo.evaluation.comparing import (
@@ -112,16 +113,15 @@ def _still_counts(own: LeakResult, later: LeakResult) -> bool:
 
 def _worst(test: str, measured: Sequence[Tested]) -> Tested:
     """The one that finds most, of results that were measured otherwise than each other; of equal ones the later."""
-    worst = measured[0]
-    for later in measured[1:]:
-        own, other = worst.after[test], later.after[test]
-        more, less = (other, own) if _finds(other) > _finds(own) else (own, other)
-        if _finds(own) == _finds(other):
-            more = own if _far_fewer(other, own) else other
-        elif (_finds(more), _finds(less)) == (1, 0) and _far_fewer(more, less):  # few rows cannot tell what many can
-            more = less
-        worst = worst if more is own else later
-    return worst
+    return reduce(lambda one, later: later if _outweighs(later.after[test], one.after[test]) else one, measured)
+
+
+def _outweighs(later: LeakResult, own: LeakResult) -> bool:
+    """Whether the later result counts, of two that were measured otherwise than each other."""
+    now, was = _finds(later), _finds(own)
+    if (now, was) == (0, 1):  # few rows cannot tell what many can
+        return _far_fewer(own, later)
+    return not _far_fewer(later, own) if now == was or (now, was) == (1, 0) else now > was
 
 
 def _finds(result: LeakResult) -> int:
