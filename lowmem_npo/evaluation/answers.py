@@ -55,7 +55,7 @@ class AnswerRecord:
     prompt: str
     reference: str
     answer: str
-    tokens: int
+    tokens: Count
     nll: float
     probability: float
     rouge_l_recall: float
@@ -151,9 +151,12 @@ class AnswerEvaluation:
         # By hand: `statistics` takes no NaN, which a diverged model gives, and `**` no figure near the largest float.
         def error(measure: str) -> float:
             changes = [getattr(now, measure) - getattr(was, measure) for was, now in pairs]
-            mean = sum(changes) / len(pairs)
-            squares = sum((change - mean) * (change - mean) for change in changes)
-            return (squares / (len(pairs) - 1) / len(pairs)) ** 0.5
+            weights = [now.tokens if measure == "nll" else 1 for _, now in pairs]  # as in the summary
+            weighted, total = list(zip(weights, changes, strict=True)), sum(weights)
+            mean = sum(weight * change for weight, change in weighted) / total
+            # By how much the mean moves without each of the rows (the jackknife): without a long answer, by much.
+            moves = [weight / (total - weight) * (change - mean) for weight, change in weighted]
+            return (sum(move * move for move in moves) * (len(pairs) - 1) / len(pairs)) ** 0.5
 
         return {measure: error(measure) for measure in ("rouge_l_recall", "probability", "appears", "nll")}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -268,6 +270,27 @@ def test_the_error_of_a_change_is_that_of_its_rows():
     assert math.isnan(measured(math.nan, 0.1).errors_of_change(before)["rouge_l_recall"])
     assert measured(1e308, 0.1).errors_of_change(before)["rouge_l_recall"] == math.inf  # from a file edited by hand
     assert errors["probability"] == 0 and measured(0.1).errors_of_change(before) == {}
+
+
+def test_the_error_of_a_mean_over_tokens_is_that_of_rows_of_their_lengths():
+    """What a long answer does by chance is most of it."""
+    draw = random.Random(0)
+    lengths = [5] * 20 + [600] * 4
+
+    def measured(scatter):
+        likelihoods = [3 + draw.gauss(0, scatter) for _ in lengths]
+        records = [
+            AnswerRecord(i, "", "", "", tokens, nll, 0.05, 0.2, False, False)
+            for i, (tokens, nll) in enumerate(zip(lengths, likelihoods, strict=True))
+        ]
+        return AnswerEvaluation(AnswerSummary.of(records, len(records), 64), records)
+
+    before = measured(0.0)
+    afters = [measured(1.0) for _ in range(300)]
+    scatter = stdev(after.summary.nll - before.summary.nll for after in afters)
+    squares = [after.errors_of_change(before)["nll"] ** 2 for after in afters]
+    assert scatter**2 == pytest.approx(fmean(squares), rel=0.5)
+    assert fmean(squares) > 0.2, "as of four rows; all of one weight would have 1/24"
 
 
 def test_sentences_of_its_own_are_remarked_on():
