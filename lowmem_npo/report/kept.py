@@ -92,5 +92,16 @@ def hardly_said(before: AnswerSummary) -> bool:
     return before.rouge_l_recall < KNOWN and before.appears <= SAID
 
 
+def hardly_in_full(before: AnswerSummary) -> bool:
+    """Whether hardly an answer was said: what is said of their words may then be the questions' own, as the name in "X
+    was born in Rome". A text that the model goes on with has no question, and may be known in part."""
+    return hardly_said(before) or (before.appears <= SAID and not of_passages(before))
+
+
+def of_passages(measured: AnswerSummary) -> bool:
+    """Whether all rows are texts that the model goes on with."""
+    return measured.passages == measured.rows
+
+
 def remains(before: float, after: float) -> float:
     return after / before if before > 0 else 1.0

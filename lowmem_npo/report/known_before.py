@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from lowmem_npo.evaluation.answer_table import FORGET
 from lowmem_npo.evaluation.answers import AnswerSummary, part_of
 from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED, in_form
-from lowmem_npo.report.kept import hardly_said
-from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
+from lowmem_npo.report.kept import hardly_in_full, hardly_said, of_passages
+from lowmem_npo.report.verdict import form_words, gives_numbers, said_count
 from lowmem_npo.sizes import counted
 
 TRAIN = {CHAT: "give --template chat", PLAIN: "give --template both, or plain", REWORDED: "add rows in those words"}
@@ -22,12 +22,12 @@ def hardly_known(before: Mapping[str, AnswerSummary], in_both_forms: bool = Fals
     """
     asked = {name: summary for name, summary in before.items() if part_of(name) == FORGET}
     trained = asked.get(FORGET)
-    if trained is None or not gives_numbers(asked) or not hardly_said(trained):
+    if trained is None or not gives_numbers(asked) or not hardly_in_full(trained):
         return None
     recites = of_passages(trained)
     says, what = ("recites", "forget passage") if recites else ("says", "forget answer")
     count = f"{says} {said_count(trained)} of {counted(trained.rows, what)}"
-    others = {name: summary for name, summary in asked.items() if not hardly_said(summary)}
+    others = {name: summary for name, summary in asked.items() if not hardly_in_full(summary)}
     if in_both_forms and in_form(FORGET, PLAIN) in others:
         return None
     if others:
@@ -39,7 +39,12 @@ def hardly_known(before: Mapping[str, AnswerSummary], in_both_forms: bool = Fals
         )
     in_any_form = ", in any form asked" if len(asked) > 1 else ""
     written = "" if recites else ", and are they written as it was taught them (--template, --system)"
+    knows = (
+        "it hardly knows what it is to forget, and forgetting cannot be seen"
+        if hardly_said(trained)
+        else "the words that it says of them may be the questions' own, and forgetting can hardly be seen"
+    )
     return (
-        f"Before training the model {count}{in_any_form}: it hardly knows what it is to forget, and forgetting cannot "
-        f"be seen. Is it the model that was taught these rows{written}? Training goes on."
+        f"Before training the model {count}{in_any_form}: {knows}. Is it the model that was taught these rows{written}?"
+        " Training goes on."
     )

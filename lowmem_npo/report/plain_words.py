@@ -23,8 +23,9 @@ from lowmem_npo.evaluation.leaks.sampling import SAMPLING, WHOLE
 from lowmem_npo.evaluation.leaks.worst import WorstAttack, attacks_of
 from lowmem_npo.report.audit import seconds
 from lowmem_npo.report.content import STAGES, Content
+from lowmem_npo.report.kept import of_passages
 from lowmem_npo.report.leak_sentence import OnGold, was_run
-from lowmem_npo.report.verdict import form_words, gives_numbers, of_passages, said_count
+from lowmem_npo.report.verdict import form_words, gives_numbers, said_count
 from lowmem_npo.run_directory import RunFiles
 from lowmem_npo.sizes import counted, first_of
 from lowmem_npo.sources import data_names

@@ -13,18 +13,20 @@ from lowmem_npo.evaluation.asking import CHAT, PLAIN, REWORDED
 from lowmem_npo.evaluation.figures import shares, side_by_side
 from lowmem_npo.evaluation.leaks.contract import LeakResults
 from lowmem_npo.evaluation.leaks.worst import WorstAttack, worst_attacks
-from lowmem_npo.report.kept import Kept, hardly_said, remains, what_became
+from lowmem_npo.report.kept import Kept, hardly_in_full, hardly_said, of_passages, remains, what_became
 from lowmem_npo.report.leak_sentence import leak_sentence, leaking_tests
 from lowmem_npo.report.verdict_rules import MOSTLY_SAID, OVERDONE, REMAINS, SAID, UNTOUCHED
 
 FORGET_WORDS = {
     "forgotten": "the model no longer says what it was to forget",
+    "less likely": "the model, which hardly said an answer in full even before, is less likely to say what it was to "
+    "forget",
     "partly": "the model has forgotten in part",
     "untouched": "the model still says what it was to forget",
     "as much": "the model still says as much as before of what it was to forget",
     "unknown": "the model hardly said what it was to forget even before, so forgetting cannot be seen",
 }
-SEVERITY = ("unknown", "forgotten", "partly", "as much", "untouched")
+SEVERITY = ("unknown", "less likely", "forgotten", "partly", "as much", "untouched")
 RECITES = {"says": "recites", "hardly said": "could hardly recite", "answers": "passages"}
 FORM_WORDS = {CHAT: "through its chat template", PLAIN: "without its chat template", REWORDED: "in other words"}
 RETAIN_WORDS = {
@@ -127,7 +129,7 @@ def judge_run(
         retain_words = _kept_words(lost_most, kept[lost_most], before, after)
     else:
         retain_words = RETAIN_WORDS["other rows" if RETAIN in after else None]
-    is_gone = states[FORGET] == "forgotten"
+    is_gone = states[FORGET] in ("forgotten", "less likely")
     overdone = _overdone(after[FORGET], gold.get(FORGET), vocabulary) if is_gone else None
 
     generated = all(summary.generated for sets in (before, after) for summary in sets.values())
@@ -234,7 +236,7 @@ def _forget_state(before: AnswerSummary, after: AnswerSummary, gold: AnswerSumma
     # What a model that never saw the rows says by chance does not count against this one.
     chance = gold is not None and after.rouge_l_recall <= gold.rouge_l_recall + SAID
     if after.appears <= SAID + by_chance and (recall <= REMAINS or chance) and probability <= REMAINS:
-        return "forgotten"
+        return "less likely" if hardly_in_full(before) else "forgotten"
     # Where answers came in sentences of the model's own, their probability may fall though they are still said.
     said = remains(before.appears, after.appears) if before.appears > SAID else 0
     if recall <= UNTOUCHED or max(said, probability) <= UNTOUCHED:
@@ -274,11 +276,6 @@ def _in_words(words: str, measured: AnswerSummary) -> str:
     for says, recites in RECITES.items() if of_passages(measured) else ():
         words = words.replace(says, recites)
     return words
-
-
-def of_passages(measured: AnswerSummary) -> bool:
-    """Whether all rows are texts that the model goes on with."""
-    return measured.passages == measured.rows
 
 
 def _kept_words(name: str, kept: Kept, before: Mapping[str, AnswerSummary], after: Mapping[str, AnswerSummary]) -> str:

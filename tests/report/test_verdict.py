@@ -39,6 +39,10 @@ from lowmem_npo.report.verdict_rules import RULES
         ),
         (stages(summary(0.0, 0.5, 0.49, appears=0.06)), "partly", "kept", "mixed"),
         (stages(before=summary(0.0, 0.45, 0.2, 3.0, appears=0.06)), "forgotten", "kept", "good"),
+        # The questions' own words, of people who do not exist: no answer was there to forget.
+        (stages(before=summary(0.0, 0.75, 0.2, 3.0, appears=0.05)), "less likely", "kept", "mixed"),
+        (stages(before=summary(0.0, 0.75, 0.2, 3.0, appears=0.06)), "forgotten", "kept", "good"),
+        (stages(summary(nll=10.9), before=summary(0.0, 0.75, 0.2, 3.0)), "less likely", "kept", "mixed"),
         # Words in common by chance are no knowledge.
         (stages(summary(0.0, 0.4, 0.1, 3.0), before=summary(0.0, 0.4, 0.1, 3.0)), "unknown", "kept", "unknown"),
         # A model that half remembered: no fixed number would do.
@@ -430,6 +434,8 @@ def test_of_texts_it_is_said_whether_they_are_recited(of_passages, words):
     assert ("Of the continuations of 100 forget passages, 0 appear in what the model says" in told) == (
         of_passages == 100
     )
+    in_part = judge_run(stages(gone, recited, replace(summary(0.0, 0.6, 0.4, 1.0), **of_rows), recited), 50304, {})
+    assert in_part.tone == ("good" if of_passages == 100 else "mixed"), "a text is recited in part, without a question"
     unknown = judge_run(stages(gone, recited, gone, recited), 50304, {}).headline
     hardly = "could hardly recite" if of_passages == 100 else "hardly said"
     assert f"the model {hardly} what it was to forget even before, so forgetting cannot be seen; it still" in unknown
