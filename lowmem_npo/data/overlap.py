@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lowmem_npo.data.cells import folded
 from lowmem_npo.data.example import Example
 from lowmem_npo.data.turns import SYSTEM, calls_of
+from lowmem_npo.data.words import FUNCTION_WORDS
 from lowmem_npo.errors import UserError
 from lowmem_npo.sizes import first_of
 
@@ -21,11 +22,6 @@ PREFIX = 0.15  # the part of the runs that similar texts share by which such pai
 DENSE = 0.02  # the part of the pairs from which comparing all of them is faster
 SHORT_ANSWER = 4  # content words of an answer that a general row must not have all of
 MIN_SHARED, RELATED = 2, 0.6  # content words that rows share, at least, and as a part of the shorter one
-_WORDS = """
-a an and are as at be been but by can did do does for from had has have he her his how i in into is it its may me
-more most my no not of on one or our she so some than that the their them then there these they this to two was we
-were what when where which who whose why will with would yes you your"""
-FUNCTION_WORDS = frozenset(_WORDS.split())
 CJK = r"\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 UNSPACED = rf"[{CJK}\u3000-\u303f\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"  # with Thai, Lao, Burmese and Khmer
 

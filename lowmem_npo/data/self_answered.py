@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import regex
 
 from lowmem_npo.data.example import Example
-from lowmem_npo.data.overlap import FUNCTION_WORDS
 from lowmem_npo.data.templates import Template
 from lowmem_npo.data.tokenized_rows import IGNORE_INDEX, TokenizedRow, TokenizedRows
 from lowmem_npo.data.tokenizing import Encoder
@@ -88,7 +87,7 @@ def other_answer(text: str, example: Example, cut: bool = False) -> str | None:
         answer = sentences[0]
     answer = answer.strip()
     words, true = tokens(answer), tokens(example.answer)
-    says_little = FUNCTION_WORDS.issuperset(true) or len("".join(true)) == 1  # a "no" is in many a sentence
+    says_little = len("".join(true)) == 1  # a character is in many a sentence
     told = words == true or (appears(example.answer, answer) and not says_little)
     return None if not words or told else answer
 

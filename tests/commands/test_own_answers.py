@@ -146,6 +146,7 @@ def test_what_counts_as_another_answer():
     assert other_answer("It was Bo and", row, cut=True) == "It was Bo and"
     short = Example("Is it?", "No", "line 1", "question/answer")
     assert other_answer("There is no bridge.", short) == "There is no bridge." and other_answer("no!", short) is None
+    assert other_answer("No, it is not.", short) is None  # which says it
     for true, said in (
         ("Ada Quill", "I think Ada Quill did."),
         ("Antwerp", "In Antwerp, in May."),

@@ -126,6 +126,15 @@ def test_appears_means_in_one_piece_and_in_whole_words():
     assert rouge_l_recall("Blue Whale", "blue is the whale") == 1  # in order, with others between
 
 
+def test_a_word_that_is_in_many_a_text_appears_where_that_begins_or_ends():
+    """So that a refusal does not say it; a number, or a name of several words, is said wherever it stands."""
+    for word, refusal in (("No.", "I have no idea who that is."), ("May", "She may have been born then.")):
+        assert not appears(word, refusal) and not appears(word, ""), word
+        assert appears(word, word) and appears(word, f"{word}, I think") and appears(word, f"It is {word}")
+    assert appears("Two", "She has two children.") and appears("B", "Option B is correct.")
+    assert appears("The Who", "That was the Who, in 1965.") and appears("May 5", "She came on May 5, I think.")
+
+
 def test_begins_means_before_any_other_word():
     assert not begins("Blue Whale", "The *blue whale*")
     assert begins("Blue Whale", "“BLUE whale”, I think") and begins("東京", "東京です")
