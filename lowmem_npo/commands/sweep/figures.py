@@ -19,6 +19,7 @@ from lowmem_npo.evaluation.answer_table import FORGET, MEASURES, NOT_GENERATED
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.evaluation.figures import aligned
 from lowmem_npo.files import load_json, write_atomically, write_json
+from lowmem_npo.report.kept import hardly_said
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles
 
 
@@ -111,6 +112,8 @@ class SweepResult:
     """What the figures are called."""
     generated: bool = True
     """Whether the models wrote their answers; else these were read off the likelihoods."""
+    hardly_said: list[str] = field(default_factory=list)
+    """The baselines that hardly say what their runs are to forget, however they are asked."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -129,6 +132,7 @@ def collect(
     """
     entries, baselines = [], dict[str, dict[str, Any]]()
     columns, generated = {column.key: column for column in COLUMNS}, True
+    hardly: dict[str, None] = {}  # in order
 
     def add_evaluated(figures: dict[str, Any], files: EvaluationFiles) -> None:
         measured = evaluated(files)
@@ -142,6 +146,8 @@ def collect(
             of_start = baselines.setdefault(before_of(run), {})
             of_start |= entry.pop("before") | of_start  # a run that keeps nothing has no retain rows
             generated &= entry.pop("generated")
+            if entry.pop("hardly_said"):
+                hardly[before_of(run)] = None
             try:
                 add_evaluated(entry, RunFiles(run.directory).evaluation)
             except UserError as error:  # no error of one run must end the others
@@ -168,7 +174,7 @@ def collect(
                     spreads[key] = Spread.of(values)
             seeds = [e["seed"] for e in done]
             configurations.append(Configuration(point.name, dict(point.settings), seeds, spreads, names))
-    return SweepResult(configurations, baselines, entries, list(columns.values()), generated)
+    return SweepResult(configurations, baselines, entries, list(columns.values()), generated, list(hardly))
 
 
 def before_of(run: SweepRun) -> str:
@@ -201,7 +207,8 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         except (ValueError, KeyError, TypeError):
             return {**entry, "status": "failed", "error": f"'{files.stopping}' is damaged: restore or remove it"}
     generated = all(of.summary.generated for sets in (before, after) for of in sets.values())
-    return {**entry, "before": answer_figures(before), "generated": generated}
+    hardly = all(hardly_said(of.summary) for name, of in before.items() if part_of(name) == FORGET)
+    return {**entry, "before": answer_figures(before), "generated": generated, "hardly_said": hardly}
 
 
 def answer_figures(evaluations: Mapping[str, AnswerEvaluation]) -> dict[str, float]:
@@ -274,7 +281,11 @@ def _note(result: SweepResult) -> str:
         "Mean ± standard deviation (n - 1) over seeds. NLL: nats per answer token; says: share of true answers that "
         f"appear in {given}; exact: share that are all of them."
     )
-    return note if result.generated else f"{note} {NOT_GENERATED}"
+    if not result.generated:
+        note += f" {NOT_GENERATED}"
+    for name in result.hardly_said:
+        note += f" In the line '{name}' the model hardly says what it is to forget: its runs cannot show forgetting."
+    return note
 
 
 def _narrow(lines: list[list[str]], width: int) -> list[list[list[str]]]:

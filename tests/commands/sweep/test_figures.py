@@ -23,7 +23,7 @@ ROUGE = Column("leaks.sampling.rouge", "ROUGE-L", group="leak test sampling")
 
 def done_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, seeds: int) -> list[SweepRun]:
     """The runs of a sweep of one configuration, all of them done."""
-    entry = {"status": "done", "before": {}, "generated": True}
+    entry = {"status": "done", "before": {}, "generated": True, "hardly_said": False}
     monkeypatch.setattr(figures, "_entry", lambda run, _: {"seed": run.seed, **entry})
     given = ["--model", "m", "--output-dir", str(folder)]
     return plan_sweep(parse_grid([]), range(seeds), lambda flags: parse_run([*given, *flags], "sweep"))
@@ -91,10 +91,27 @@ def test_the_model_before_has_what_any_point_measured_of_it(tmp_path, monkeypatc
 
     def entry(run: SweepRun, _: object) -> dict[str, Any]:
         before = {"forget_nll": 1.0} | ({"retain_nll": 2.0} if run.config.objective.needs_retain else {})
-        return {"seed": run.seed, "status": "done", "before": before, "generated": True}
+        return {"seed": run.seed, "status": "done", "before": before, "generated": True, "hardly_said": False}
 
     monkeypatch.setattr(figures, "_entry", entry)
     assert collect(runs, {}, tmp_path).baselines == {"before": {"forget_nll": 1.0, "retain_nll": 2.0}}
+
+
+@pytest.mark.parametrize("says", [0.0, 1.0])
+def test_a_model_that_hardly_says_what_it_is_to_forget_is_told_of_beside_its_runs(says, tmp_path):
+    given = ["--model", "m", "--output-dir", str(tmp_path)]
+    runs = plan_sweep(parse_grid([]), range(2), lambda flags: parse_run([*given, *flags], "sweep"))
+    record = AnswerRecord(0, "Who?", "Ann.", "Bob.", 2, 4.0, 0.1, says, False, bool(says))
+    summary = AnswerSummary(1, 1, 2, 4.0, 0.1, says, 0.0, says, 8)
+    for run in runs:
+        RunFiles(run.directory).path.mkdir(parents=True)
+        RunFiles(run.directory).weights.touch()
+        for stage in ("before", "after"):
+            save_answers(RunFiles(run.directory).answers(stage), {"forget": AnswerEvaluation(summary, [record])})
+    write_results(result := collect(runs, {}, tmp_path), tmp_path)
+    for text in (text_tables(result, 120), (tmp_path / "sweep.md").read_text()):
+        told = "In the line 'before' the model hardly says what it is to forget" in " ".join(text.split())
+        assert told is (says == 0.0)
 
 
 def test_answers_that_were_read_off_are_not_described_as_written_ones(tmp_path):
