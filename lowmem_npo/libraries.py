@@ -70,6 +70,7 @@ def quiet_libraries() -> None:
         "fan_in_fan_out is set to",
         "The following .*_pattern keys did not",
         "The PEFT config's `base_model_name_or_path` was renamed",  # which base it is we check ourselves
+        "Found missing adapter keys",  # we copy all weights ourselves
     ):
         warnings.filterwarnings("ignore", message=peft)
     import huggingface_hub

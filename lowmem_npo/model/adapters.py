@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper, dora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -23,6 +23,7 @@ from lowmem_npo.model.continued import FIRST, ContinuedModel, continued, first_o
 from lowmem_npo.model.layers import PEFT_PREFIX, all_linear, causal_lm, decoder_layers, linear_layers, taken_for_experts
 from lowmem_npo.model.modes import eval_mode, parts, switched
 from lowmem_npo.model.patterns import check_patterns
+from lowmem_npo.model.saved_adapter import copy_weights
 from lowmem_npo.model.saved_modules import check_saved_modules, train_in_float32
 
 EXTRA = "extra"  # name of the temporary adapter
@@ -157,7 +158,7 @@ def restore_adapter(model: PeftModel, weights: dict[str, Tensor]) -> None:
     if isinstance(model, ContinuedModel):
         model.restore(weights)
     else:
-        set_peft_model_state_dict(model, weights)
+        copy_weights(weights, adapter_weights(model))
 
 
 @contextmanager

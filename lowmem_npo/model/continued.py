@@ -18,14 +18,7 @@ from typing import Any, cast
 
 import torch
 from lowmem_kernels.dispatch import has_values
-from peft import (
-    LoraConfig,
-    LoraModel,
-    PeftModel,
-    PeftModelForCausalLM,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, LoraModel, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -38,7 +31,14 @@ from lowmem_npo.errors import UserError, one_line
 from lowmem_npo.files import expanded
 from lowmem_npo.model.layers import adapted_layer
 from lowmem_npo.model.modes import switched
-from lowmem_npo.model.saved_adapter import FIRST_RANKS, check_finite, check_stored_patterns, more_than_lora, stored_lora
+from lowmem_npo.model.saved_adapter import (
+    FIRST_RANKS,
+    check_finite,
+    check_stored_patterns,
+    copy_weights,
+    more_than_lora,
+    stored_lora,
+)
 from lowmem_npo.run_directory import AdapterFiles
 
 # PEFT looks for these within the names of weights. The second is the one that others know: it is trained.
@@ -117,13 +117,13 @@ class ContinuedModel(PeftModelForCausalLM):
 
     def restore(self, joined: dict[str, Tensor]) -> None:
         """Gives the second adapter its part of what `joined_weights` returned, bit for bit."""
-        weights = {}
-        for name, own in self.weights(SECOND).items():
+        weights, second = {}, self.weights(SECOND)
+        for name, own in second.items():
             dim, whole = _rank_dim(name), joined[name]
             if dim is not None:  # the last ranks
                 whole = whole.narrow(dim, whole.shape[dim] - own.shape[dim], own.shape[dim])
             weights[name] = whole
-        set_peft_model_state_dict(self, weights, adapter_name=SECOND)
+        copy_weights(weights, second)
 
     @property
     def _tuner(self) -> LoraModel:
@@ -168,7 +168,7 @@ def continued(model: PreTrainedModel, folder: str, second: LoraConfig) -> Contin
     if has_values(next(iter(own.values()))):
         check_finite(folder)
         weights = load_file(file)
-        set_peft_model_state_dict(adapted, {name: weights[name] for name in own}, adapter_name=FIRST)
+        copy_weights({name: weights[name] for name in own}, own)
     adapted.add_adapter(SECOND, second)
     if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
         raise UserError(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, cast
 
+import torch
 from annotated_types import Interval
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowmem_npo.console import Say
@@ -183,21 +186,38 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
             "in 4 bits: use it without --qlora, or merge it."
         )
     check_stored_patterns(folder, model)
+    file = AdapterFiles(expanded(folder)).weights
     try:
         adapted = PeftModel.from_pretrained(model, str(expanded(folder)))
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        copied = set(adapted.state_dict())  # PEFT stores an embedding with an adapter on it as well
+        copy_weights({name: weight for name, weight in load_file(file).items() if name not in copied}, own)
     except (RuntimeError, ValueError) as error:  # other shapes; no layer of the adapter's names
         if lacks_memory(error):
             raise
         raise UserError(f"{misfit} ({one_line(error, 200)}).") from error
     adapted.active_peft_config.base_model_name_or_path = model.name_or_path  # PEFT would look for the named one
-    own = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    with safe_open(AdapterFiles(expanded(folder)).weights, framework="pt") as file:
-        stored, metadata = set(file.keys()), file.metadata() or {}
-    unmatched = own ^ stored - set(adapted.state_dict())  # PEFT stores an embedding with an adapter on it as well
-    if unmatched:
-        raise UserError(f"{misfit} ({len(unmatched)} weights have no counterpart, {min(unmatched)} among them).")
-    cast(Any, adapted).first_ranks = json.loads(metadata.get(FIRST_RANKS, "{}"))
+    with safe_open(file, framework="pt") as stored:
+        cast(Any, adapted).first_ranks = json.loads((stored.metadata() or {}).get(FIRST_RANKS, "{}"))
     return adapted.eval()
+
+
+@torch.no_grad()
+def copy_weights(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Copies the weights `stored` of an adapter into a model's `own`, each into that of its name.
+
+    PEFT does not do it for every architecture: it renames what transformers renames in checkpoints of older versions.
+    Where such a pattern also fits the new name, as in Laguna's shared experts, the weight gets a name that no layer
+    has, and is left out without an error.
+
+    Raises ValueError if a name is in one of them alone, or a shape differs.
+    """
+    if unmatched := stored.keys() ^ own.keys():
+        raise ValueError(f"{len(unmatched)} weights have no counterpart, {min(unmatched)} among them")
+    if other := [name for name, weight in own.items() if weight.shape != stored[name].shape]:
+        raise ValueError(f"{len(other)} weights have another shape, {min(other)} among them")
+    for name, weight in own.items():
+        weight.copy_(stored[name])
 
 
 def check_unchanged(folder: str, sha256: str) -> None:
