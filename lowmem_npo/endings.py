@@ -17,8 +17,14 @@ MOST, MOST_OF_PATH = 200, 1000  # characters of an error's own text, and of a pa
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # what ends a job on a shared machine
 UNWRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "basic_ios::clear")  # of torch.save
 UNALLOCATED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-# Of libraries that allocate GPU memory by themselves, as PyTorch and Triton report it.
-UNALLOCATED_ON_GPU = ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]: out of memory")
+# Of libraries that allocate GPU memory by themselves, as PyTorch and Triton report it, and of PyTorch's own expandable
+# segments.
+UNALLOCATED_ON_GPU = (
+    "_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "[CUDA]: out of memory",
+)
 
 
 class Interrupted(BaseException):

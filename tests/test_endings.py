@@ -139,6 +139,7 @@ FAILURES = [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the machine ran out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory"), "the GPU ran out of memory"),
     (RuntimeError("CUDA error: out of memory"), "the GPU ran out of memory"),
+    (RuntimeError("CUDA driver error: out of memory"), "the GPU ran out of memory"),  # of expandable segments
 ]
 
 
