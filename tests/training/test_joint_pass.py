@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.dense_step import dense_step, make_trainer, random_rows, relative_error, step_gradients
 from helpers.tiny_models import tiny_model
+from lowmem_kernels import dispatch
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.data import ForgetRetain, Pick, RowBatch, collator
@@ -66,6 +67,14 @@ def test_gradients_and_figures_are_those_of_two_passes(settings, layers, passes,
         assert joint_log[name] == pytest.approx(log[name], rel=1e-5, abs=1e-6), name
     assert len(apart[True]) == 2 and together[True] == [sum(apart[True])]
     assert together[False] == ([] if settings.get("delta") == 0.0 else together[True])
+
+
+@pytest.mark.parametrize("tokens", [0, 10**6], ids=["two passes", "one"])
+def test_no_pass_looks_at_its_targets(tokens, tmp_path, monkeypatch):
+    """A GPU would wait for the host in each micro-batch; they were checked with the rows."""
+    trainer = make_trainer(tiny_model("olmo"), tmp_path, FORGET, RETAIN, joint_pass_tokens=tokens)
+    monkeypatch.setattr(dispatch, "_kept_rows", lambda *_: 1 / 0)
+    assert step_gradients(trainer)
 
 
 def test_parts_of_which_one_needs_a_reference_go_apart(passes, tmp_path):

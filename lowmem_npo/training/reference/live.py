@@ -55,7 +55,8 @@ class LiveReference:
         """As the two below: (N,) of the forget rows, (N', d) of the others."""
         with reference_mode(self.model):
             forget, retain = answer_hidden(self.model, batch).split(sum(batch.answers[:forget_rows]))
-            return token_logprobs(forget.hidden, self.head, forget.targets), retain.hidden
+            logprobs = token_logprobs(forget.hidden, self.head, forget.targets, checked=True)
+            return logprobs, retain.hidden
 
     def answer_logprobs(self, batch: RowBatch) -> Tensor:
         """(N,) float32, one for each answer token."""
