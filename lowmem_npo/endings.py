@@ -115,6 +115,18 @@ def lacks_memory(error: BaseException) -> bool:
     return is_out_of_memory(error) or is_out_of_host_memory(error)
 
 
+@contextlib.contextmanager
+def tried(*errors: type[Exception]) -> Iterator[None]:
+    """Suppresses `errors` (without any: whatever is raised) of code that is tried, of which an error says that it does
+    not do what is asked. A lack of memory and a GPU that has failed say nothing about it: they are raised."""
+    try:
+        yield
+    except Exception as error:
+        of_machine = lacks_memory(error) or type(error).__name__ == "AcceleratorError"
+        if of_machine or not isinstance(error, errors or Exception):
+            raise
+
+
 def failure(error: BaseException) -> str | None:
     """What of the machine failed, as a clause, if `error` is of that kind: its disk, its memory, its GPU's memory."""
     kind, text = type(error).__name__, one_line(error, MOST)

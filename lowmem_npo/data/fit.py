@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.console import Say, silent
 from lowmem_npo.data.tokenized_rows import TokenizedRows
+from lowmem_npo.endings import tried
 from lowmem_npo.errors import UserError
 
 POSITIONS = re.compile(r"(^|\.)(wpe|positions_embed|embed_positions|position_embeddings)$")
@@ -80,11 +81,9 @@ class Fit:
 
 def known_fit(architecture: PretrainedConfig) -> Fit | None:
     """From the configuration alone; None for one that only loading completes."""
-    try:
-        with torch.device("meta"):
-            return Fit.of(AutoModelForCausalLM.from_config(architecture))
-    except Exception:  # whatever the architecture's own code raises
-        return None
+    with tried(), torch.device("meta"):  # whatever the architecture's own code raises
+        return Fit.of(AutoModelForCausalLM.from_config(architecture))
+    return None
 
 
 def positions_of(architecture: PretrainedConfig) -> Callable[[], int | None]:

@@ -25,6 +25,8 @@ from lowmem_kernels.rowwise import RowEngine, fused
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from lowmem_npo.endings import tried
+
 ENGINE: RowEngine = "auto"
 """By which engine the kernels work: "auto" is on CUDA where there is Triton, elsewhere they do not; any other is
 everywhere, for tests."""
@@ -223,7 +225,7 @@ def _find_packed(experts: Any, random: torch.Generator, shapes: tuple) -> Packed
     forms = (PackedForm(interleaved, gate) for interleaved in (False, True) for gate in _gates(experts))
 
     def theirs(rows: Tensor) -> Tensor | None:
-        with contextlib.suppress(Exception):
+        with tried():
             return type(experts)._apply_gate(_twin(experts), rows.clone())
         return None
 
@@ -273,7 +275,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _result(probe: nn.Module, rows: Tensor) -> Tensor | None:
-    with contextlib.suppress(Exception):  # a module that needs more than rows is not one of the forms
+    with tried():  # a module that needs more than rows is not one of the forms
         result = inspect.unwrap(type(probe).forward)(probe, rows.clone())
         return result if isinstance(result, Tensor) else None
     return None

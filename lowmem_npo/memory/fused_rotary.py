@@ -16,6 +16,7 @@ from lowmem_kernels.rotary_embedding import LAYOUTS, Layout
 from lowmem_kernels.rowwise import RowEngine
 from torch import Tensor
 
+from lowmem_npo.endings import tried
 from lowmem_npo.memory import fused
 
 
@@ -154,7 +155,7 @@ def _find_rotary(
         if tokens_first:
             states = [x.transpose(1, 2).contiguous() for x in states]
         probes = []  # states, and what becomes of them: small ones, and some beyond a limit
-        with contextlib.suppress(Exception):  # a function that takes something else is not one of the forms
+        with tried():  # a function that takes something else is not one of the forms
             for scaled in (states, [1e3 * x for x in states]):
                 arguments = {**dict(zip(names, scaled, strict=True)), **by_name}
                 theirs = function(*(arguments[name] for name in first), *others, **options)

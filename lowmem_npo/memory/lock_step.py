@@ -29,6 +29,7 @@ from transformers import PretrainedConfig
 
 from lowmem_npo.config import AdapterConfig
 from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.endings import tried
 from lowmem_npo.errors import UserError
 from lowmem_npo.memory.checkpointing import hidden_first
 from lowmem_npo.memory.forwards import in_place
@@ -85,11 +86,15 @@ class LockStep:
             alone = [answer_hidden(model, batch).hidden]
             with _before(self.layers[0], enters_as_another):
                 alone.append(answer_hidden(model, batch).hidden)
-            try:
-                with self.passes() as memory, _before(self.layers[0], takes_another_along):
-                    together = [answer_hidden(model, batch).hidden for _ in alone]
-            except RuntimeError:  # a stand-in was written to
-                return False
+            together = []
+            with (
+                tried(RuntimeError),  # a stand-in was written to
+                self.passes() as memory,
+                _before(self.layers[0], takes_another_along),
+            ):
+                together = [answer_hidden(model, batch).hidden for _ in alone]
+        if not together:
+            return False
         before, beside = (torch.stack(states).float() for states in (alone, together))
         # The same work on the same numbers.
         return bool((beside - before).norm() <= 8 * torch.finfo(alone[0].dtype).eps * before.norm())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.endings import tried
 from lowmem_npo.memory.forwards import in_place
 from lowmem_npo.model.head import answer_hidden, few_tokens
 from lowmem_npo.model.layers import causal_lm, decoder_layers
@@ -59,11 +60,10 @@ class SharedPrefix:
         ids = few_tokens(causal_lm(model))
         with eval_mode(model), self.shared():
             whole = answer_hidden(model, RowBatch.whole(ids)).hidden
-            try:
+            with tried(RuntimeError):  # a stand-in was written to
                 shared = answer_hidden(model, RowBatch.whole(ids)).hidden
-            except RuntimeError:  # a stand-in was written to
-                return False
-        return torch.allclose(shared, whole, rtol=0.0, atol=0.01 * float(whole.abs().max()))
+                return torch.allclose(shared, whole, rtol=0.0, atol=0.01 * float(whole.abs().max()))
+        return False
 
 
 def _needs_gradient(model: PeftModel, below: list[nn.Module]) -> bool:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lowmem_npo.endings import tried
 from lowmem_npo.errors import UserError
 
 # Layers of this name, in models of these types, get no adapter from PEFT: fused kernels read their weights.
@@ -143,12 +144,10 @@ def _is_affine(layer: Any) -> bool:
     if not type(layer).__module__.startswith("transformers.models."):
         return True
     inputs = torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-    try:
-        with torch.no_grad():
-            result = layer(inputs)
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    return isinstance(result, Tensor) and result.shape == (1, layer.out_features)
+    with tried(RuntimeError, ValueError, IndexError), torch.no_grad():
+        result = layer(inputs)
+        return isinstance(result, Tensor) and result.shape == (1, layer.out_features)
+    return False
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lowmem_npo.data.batching import RowBatch
+from lowmem_npo.endings import tried
 from lowmem_npo.model.layers import causal_lm
 from lowmem_npo.model.modes import eval_mode
 from lowmem_npo.model.packing import BY_ROWS, final_states, take_rows
@@ -83,10 +84,11 @@ def _keeps_rows_apart(lm: PreTrainedModel) -> bool:
     rows = [row.tolist() for row in ids.split(LENGTHS)]
     with eval_mode(lm), compute_autocast(lm):
         alone = torch.cat([_states(lm, [row]) for row in rows])
-        try:
+        packed = None
+        with tried():  # whatever an architecture's own code raises for a mask that it does not know
             packed = _states(lm, rows)
-        except Exception:  # whatever an architecture's own code raises for a mask that it does not know
-            return False
+    if packed is None:
+        return False
     size = alone.norm(dim=-1)  # 0 of OLMo's padding token at the start of a row, whose embedding is 0
     changed = (packed - alone).norm(dim=-1) / torch.maximum(size, size.median())
     if head.dtype == torch.float32:

@@ -8,12 +8,12 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lowmem_npo.endings import tried
 from lowmem_npo.model.head import check_causal, check_head, few_tokens
 from lowmem_npo.model.loading import attention_of
 
@@ -56,10 +56,10 @@ def trial_model(architecture: PretrainedConfig, attention: str = "sdpa") -> PreT
     Args:
         attention: --attn. Eager in place of SDPA where transformers has none, SDPA in place of flash attention.
     """
-    with suppress(Exception):  # here and below: whatever the architecture's own code raises
+    with tried():  # here and below: whatever the architecture's own code raises
         attention = attention_of(architecture, attention.replace("flash_attention_2", "sdpa"))
         for of_each, factor in itertools.product((1, 2), _factors(architecture.get_text_config())):
-            with suppress(Exception):
+            with tried():
                 small = of_depth(architecture, _layers_with(of_each, architecture))
                 if (model := _random_model(_narrower(small, factor), attention)) is not None:
                     return model
