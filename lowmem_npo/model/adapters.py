@@ -61,8 +61,8 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig) -> PeftModel:
 
 
 def check_lora(architecture: PretrainedConfig, config: AdapterConfig, quantized: bool = False) -> PeftModel:
-    """Raises, before any weight is loaded, what `attach_lora` would raise; returns the model that it would, without
-    data.
+    """Raises, before any weight is loaded, what `attach_lora` and `decoder_layers` would raise; returns the model that
+    the first would, without data.
 
     quantized: the linear layers will be held in 4 bits.
     """
@@ -70,6 +70,7 @@ def check_lora(architecture: PretrainedConfig, config: AdapterConfig, quantized:
         model = AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
         if quantized:
             check_saved_modules(model, config.modules_to_save, quantized=True)
+        decoder_layers(model)
         return attach_lora(model, config)
 
 

@@ -47,18 +47,22 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> nn.ModuleList:
     """The list of transformer layers, lowest first.
 
     Raises:
-        UserError: there is no such list.
+        UserError: there is no such list, or another beside it.
     """
     lm = causal_lm(model)
     count = lm.config.get_text_config().num_hidden_layers
-    lists = list(_outer_lists(decoder(lm)))
-    for module in lists:
-        if len(module) == count:
-            return module
-    for module in lists:  # LongCat's layers hold two of what its configuration counts
-        if len(module) and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
-            return module
-    raise UserError(f"The decoder layers of {type(lm).__name__} were not found ({count} in its configuration).")
+    lists = [module for module in _outer_lists(decoder(lm)) if len(module)]
+    of_layers = [m for m in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in m)]
+    counted = (module for module in lists if len(module) == count)
+    layers = next(counted, next(iter(of_layers), None))  # LongCat's hold two of what its configuration counts
+    if layers is None:
+        raise UserError(f"The decoder layers of {type(lm).__name__} were not found ({count} in its configuration).")
+    if any(module is not layers for module in of_layers):
+        raise UserError(
+            f"The decoder layers of {type(lm).__name__} are in {len(of_layers)} stacks: only models with one are "
+            "supported."
+        )
+    return layers
 
 
 def _outer_lists(module: nn.Module) -> Iterator[nn.ModuleList]:

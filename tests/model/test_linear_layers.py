@@ -10,7 +10,7 @@ import torch
 from helpers.architectures import random_model, tiny_config
 from helpers.dense_step import make_trainer, random_rows, step_gradients
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, LongcatFlashConfig, LongcatFlashForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LongcatFlashConfig, LongcatFlashForCausalLM
 
 from lowmem_npo.config import AdapterConfig, ModelConfig
 from lowmem_npo.errors import UserError
@@ -140,3 +140,13 @@ def test_the_layers_of_a_decoder_are_not_the_parts_of_one():
             model = LongcatFlashForCausalLM(LongcatFlashConfig(num_layers=layers, **sizes, **latent, **experts))
         assert model.config.num_hidden_layers == 2 * layers
         assert decoder_layers(model) is model.model.layers and len(model.model.layers) == layers
+
+
+def test_layers_in_several_stacks_are_refused_before_weights_are_loaded():
+    """HRM's two take turns: nothing is below an adapter of one of them, and each runs several times."""
+    if "hrm_text" not in CONFIG_MAPPING:
+        pytest.skip("this release of transformers has no hrm_text")
+    sizes = dict(hidden_size=32, num_attention_heads=4, head_dim=8, intermediate_size=48, vocab_size=97)
+    config = AutoConfig.for_model("hrm_text", num_layers_per_stack=2, **sizes)
+    with pytest.raises(UserError, match="The decoder layers of HrmTextForCausalLM are in 2 stacks"):
+        check_lora(config, AdapterConfig(lora_targets=ALL))
