@@ -37,6 +37,7 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator import attention as cuda_attention
 from lowmem_npo.estimate.simulator.autocast import cuda_autocast
 from lowmem_npo.estimate.simulator.operators import FakeOperators
+from lowmem_npo.estimate.simulator.optimizers import fake_optimizers
 from lowmem_npo.estimate.simulator.storages import StorageCounter
 from lowmem_npo.estimate.simulator.work import ARRIVAL, VIEW, Operation, WorkCounter, describe, launch, product
 from lowmem_npo.memory.streaming.bus import SynchronousBus
@@ -150,6 +151,7 @@ def fake_gpu(kind: str = "other", capability: tuple[int, int] = CAPABILITY) -> I
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer")  # as the copy of a fake tensor does
         stack.enter_context(mock.patch("peft.tuners.lora.dora.dequantize_module_weight", _whole_weight))
+        stack.enter_context(fake_optimizers())
         stack.enter_context(_kernels_of_a_cuda_build())
         stack.enter_context(recording(capability, _Launches(capability, counter.work)))
         if find_spec("triton") is not None:
