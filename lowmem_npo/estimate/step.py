@@ -148,7 +148,8 @@ def _simulate(
             apply_switches(model, config.memory, GPU)
         if (stream := weight_stream(model)) is not None:  # what else is not trained has come to the GPU
             gpu.mark(stream.slots, "slots")
-            gpu.mark([p for p in model.parameters() if not p.requires_grad and not is_streamed(p)], "frozen weights")
+            rest = [p for p in model.parameters() if not p.requires_grad and not is_streamed(p)]
+            gpu.mark([Weight(parameter, []).tensors for parameter in rest], "frozen weights")
             gpu.mark(list(model.buffers()), "frozen weights")
         workspaces = cublas_workspaces(gpu)
         gpu.kind = "layer work"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lowmem_kernels import glu
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, ObjectiveConfig, RunConfig
 from lowmem_npo.estimate.rows import StepRows, token_row
@@ -25,10 +25,11 @@ from lowmem_npo.model import attach_lora, load_model, packing
 from lowmem_npo.model.known_configs import known_config, known_names
 from lowmem_npo.training.trainer import NPOConfig, NPOTrainer
 
-LLAMA = LlamaConfig(
-    vocab_size=997, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=False,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 997, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+LLAMA = LlamaConfig(**SIZES, tie_word_embeddings=False)
 ROWS = StepRows(forget=((48, 20), (30, 10), (48, 47), (20, 5)), retain=((40, 20), (30, 10), (40, 7)))
 
 
@@ -112,6 +113,30 @@ def test_the_simulated_step_is_the_real_one_to_the_byte(config, torch_engine):
     result = estimate(config, LLAMA, rows)
     assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, rows)
     assert sum(result.by_kind.values()) == result.peak_bytes and set(result.by_kind) == set(KINDS)
+
+
+def test_an_embedding_that_is_the_head_too_is_counted_once(torch_engine):
+    tied = LlamaConfig(**SIZES, tie_word_embeddings=True)
+    for config in (CASES["defaults"], CASES["streamed weights"]):
+        result = estimate(config, tied, ROWS)
+        assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, ROWS, tied)
+
+
+def test_four_bit_layers_beside_the_streamed_ones_come_to_the_gpu():
+    """OPT's projections of a narrower embedding: with their statistics, and counted as what they are."""
+    opt = OPTConfig(
+        vocab_size=997, hidden_size=128, word_embed_proj_dim=64, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = ModelConfig("tiny", qlora=True)
+    with fake_gpu() as gpu:
+        _made = fake_model(opt, model)
+        there = gpu.live
+    with fake_gpu() as gpu:
+        moved = fake_model(opt, model, on_host=True).to(GPU)
+        assert gpu.live == there and moved.model.decoder.project_in.weight.quant_state.absmax.device == GPU
+    runs = (RunConfig(model, memory=MemoryConfig(stream_weights=streamed)) for streamed in (False, True))
+    plain, streamed = (estimate(config, opt, ROWS).by_kind["adapter"] for config in runs)
+    assert streamed == plain
 
 
 def test_a_second_adapter_is_counted_with_the_first(torch_engine, tmp_path):

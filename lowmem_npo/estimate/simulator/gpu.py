@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowmem_npo.errors import UserError
 from lowmem_npo.estimate.simulator import attention as cuda_attention
@@ -214,20 +215,37 @@ def _to(tensor: FakeTensor, *args: Any, copy: bool = False, **kwargs: Any) -> Te
     return Tensor.to(tensor, **options)
 
 
+class _Moves:
+    """The `fn` of `Module._apply`, on its way through all modules: each parameter is moved once, with its attributes.
+    What several modules hold stays one, and a 4-bit weight keeps its statistics."""
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self._moved = WeakTensorKeyDictionary()  # by the old one, which is gone when no module holds it any more
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.fn(tensor)
+
+    def parameter(self, old: Any) -> Any:
+        new: Any = self._moved.get(old)
+        if new is None:
+            values = old.detach()
+            moved = self.fn(values)
+            new = old if moved is values else torch.nn.Parameter(moved, old.requires_grad)
+            vars(new).update({name: value for name, value in vars(old).items() if name not in vars(new)})
+            if hasattr(new, "quant_state"):
+                new.quant_state.to(new.device)
+            self._moved[old] = new
+        return new
+
+
 def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """`Module.to` with new parameters: the original swaps the contents of fake tensors, which fails."""
+    """`Module._apply` with new parameters: the original swaps the contents of fake tensors, which fails."""
+    moves = fn if isinstance(fn, _Moves) else _Moves(fn)
     for child in module.children() if recurse else ():
-        child._apply(fn)
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        old = parameter.detach()
-        new = fn(old)
-        if new is not old:
-            module._parameters[name] = torch.nn.Parameter(new, parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = fn(buffer)
+        child._apply(moves)
+    module._parameters.update({name: moves.parameter(p) for name, p in module._parameters.items() if p is not None})
+    module._buffers.update({name: moves(buffer) for name, buffer in module._buffers.items() if buffer is not None})
     return module
 
 
