@@ -11,7 +11,7 @@ import pytest
 import torch
 from lowmem_kernels import glu
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig
 
 from lowmem_npo.config import AdapterConfig, MemoryConfig, ModelConfig, ObjectiveConfig, RunConfig
 from lowmem_npo.estimate.rows import StepRows, token_row
@@ -120,6 +120,12 @@ def test_an_embedding_that_is_the_head_too_is_counted_once(torch_engine):
     for config in (CASES["defaults"], CASES["streamed weights"]):
         result = estimate(config, tied, ROWS)
         assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(config, ROWS, tied)
+
+
+def test_experts_in_float32_are_counted(torch_engine):
+    mixtral = MixtralConfig(**SIZES, num_local_experts=4)
+    result = estimate(run(), mixtral, ROWS)
+    assert result.peak_bytes - result.by_kind["cuBLAS"] == real_peak(run(), ROWS, mixtral)
 
 
 def test_four_bit_layers_beside_the_streamed_ones_come_to_the_gpu():

@@ -76,6 +76,8 @@ class FakeGPU(StorageCounter):
             return known
         if func is aten.nonzero.default and known is not None:
             result = args[0].new_empty(known.shape, dtype=torch.int64)
+        elif func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:  # on CUDA, not only bf16 does
+            result = args[0].new_empty(_grouped_shape(*args, **kwargs))
         else:
             result = self.operators(func, args, kwargs)
         if known is not None:
@@ -294,6 +296,14 @@ def _known(func: Any, args: tuple, kwargs: dict) -> Any:
         isinstance(x, (bool, int)) or isinstance(x, Tensor) and not x.is_floating_point() for x in tree_leaves(known)
     )
     return known if whole else None
+
+
+def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> tuple[int, ...]:
+    """Of a product for each group: `offs` are the ends of the groups in a dimension that is not stacked."""
+    shape = a.shape[-2], b.shape[-1]
+    if a.ndim != b.ndim:
+        return shape
+    return (len(a) if offs is None else len(offs), *shape)
 
 
 def _evenly(shape: torch.Size, choices: int) -> Tensor:

@@ -96,6 +96,10 @@ def launch(arguments: Iterable[Any]) -> Operation:
 def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> tuple[int, str]:
     if func is aten.linear.default:
         return 2 * args[0].numel() * args[1].shape[0], "product"
+    if func is aten._grouped_mm.default:  # of experts, which PyTorch's counter does not know
+        a, b = args[:2]
+        batch = len(a) if a.ndim == b.ndim == 3 else 1
+        return 2 * batch * a.shape[-2:].numel() * b.shape[-1], "product"
     name = func._schema.name
     if name.startswith("bitsandbytes::dequantize"):
         return 0, "dequantisation"

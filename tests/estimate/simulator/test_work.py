@@ -91,6 +91,25 @@ def test_values_that_the_host_asks_for_make_it_wait():
     assert sum(operation.waits for operation in counted(asks)) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_of_experts_has_the_shape_and_the_work_of_its_groups(dtype):
+    """Forms of the forward pass and of both gradients, and a product for each pair: three groups of 32 rows in all."""
+    forms = {
+        ((32, 16), (3, 16, 8)): ((32, 8), 32), ((16, 32), (32, 8)): ((3, 16, 8), 32),
+        ((3, 8, 16), (16, 32)): ((8, 32), 32), ((3, 16, 32), (3, 32, 8)): ((3, 16, 8), 3 * 32),
+    }  # fmt: skip
+    for (a, b), (shape, rows) in forms.items():
+        with fake_gpu() as gpu:
+            x, w = (torch.empty(size, dtype=dtype, device=GPU) for size in (a, b))
+            ends = None if len(a) == len(b) == 3 else torch.empty(3, dtype=torch.int32, device=GPU)
+            gpu.work.restart()
+            result = torch._grouped_mm(x, w, ends)
+            (operation,) = gpu.work.sections[0][1]
+        assert (result.shape, result.dtype, result.device) == (shape, dtype, GPU)
+        assert operation.part == "product" and operation.half == (dtype is torch.bfloat16)
+        assert operation.flops == 2 * rows * 16 * 8
+
+
 @pytest.mark.parametrize(("kl", "products"), [(False, 2), (True, 3)], ids=["log-probs", "joint"])
 def test_the_heads_products_and_kernels_are_counted(kl, products):
     n, d, v = 256, 64, 5000
