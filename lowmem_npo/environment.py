@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from contextlib import suppress
+from itertools import accumulate
+from operator import truediv
 from pathlib import Path
 
 import lowmem_npo
@@ -42,15 +44,39 @@ def processors() -> list[str]:
     return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB" for p in gpus]
 
 
-def available_memory() -> int:
-    """Bytes of host memory that a process can still take, within the limit of its container if it has one."""
+# By the controller as /proc/self/cgroup names it (version 2: not at all): where its control groups are, and what a
+# group's limit and use are called there and, in memory.stat, what of that use the system gives up when memory is short.
+CGROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that a process can still take, within the limits of its container or job if it has one."""
     import psutil
 
-    available = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return max(available, 0)
+    return max(0, min([psutil.virtual_memory().available, *_left_by_cgroups(root)]))
+
+
+def _left_by_cgroups(root: Path) -> list[int]:
+    """What is left of each limit: a control group has its own, and those of all that it is nested in."""
+    paths, left = dict.fromkeys(CGROUPS, "/"), list[int]()
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            paths |= dict.fromkeys(controllers.split(","), path)
+    for controller, (mount, *names) in CGROUPS.items():
+        for group in accumulate(paths[controller].strip("/").split("/"), truediv, initial=root / mount):
+            with suppress(OSError, ValueError):  # no such file, as where a container is its own root, or "max"
+                left.append(_left(group, *names))
+    return left
+
+
+def _left(group: Path, limit: str, used: str, reclaimable: str) -> int:
+    """Files that were read count as used, until something else needs their place."""
+    left = int((group / limit).read_text()) - int((group / used).read_text())
+    with suppress(OSError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        left += int(stat.get(reclaimable, 0))
+    return left
