@@ -256,7 +256,7 @@ def known_of(said: Sequence[float]) -> float | None:
 def known_remark(share: float) -> str:
     """Why nothing is shown beside a holdout of which that share was said word for word."""
     return (
-        f"The model says much of the holdout, too, {shares(share)[0]} word for word, so it cannot be one of rows that "
+        f"The model says much of the holdout, {shares(share)[0]} word for word, so it cannot be one of rows that "
         "it never saw, and nothing is shown."
     )
 

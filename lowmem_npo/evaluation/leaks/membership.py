@@ -114,8 +114,8 @@ def judge(
 ) -> LeakResult:
     """The AUC of every score, with the p-value of the Mann-Whitney test that it is 0.5.
 
-    forget, holdout: of `scored`. known: `known_of` the holdout; to be no likelier than what the model knows by heart
-    is no sign of having been forgotten.
+    forget, holdout: of `scored`. known: `known_of` the holdout; to be no likelier than what the model knows by heart,
+    or less likely, is a sign neither of having been forgotten nor of over-forgetting.
     """
     from scipy.stats import mannwhitneyu
 
@@ -131,10 +131,11 @@ def judge(
     # Where every forgotten answer is above every other.
     least_p = of_several(2 / comb(rows + unseen_rows, rows), len(forget))
     little = tells_nothing(rows, unseen_rows, len(forget))
-    leaks, words = _verdict(value, p, least_p, little, all_equal=all(figures[f"{name}_all_equal"] for name in forget))
+    all_equal = all(figures[f"{name}_all_equal"] for name in forget)
+    leaks, words = _verdict(value, p, least_p, little, all_equal, known is not None)
     (shown,) = side_by_side([value], decimals=2)
     result = LeakResult(figures, f"The sharpest of four scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
-    if leaks is False and known is not None:
+    if known is not None and (leaks is False or (leaks and value < 0.5)):
         result.leaks = None
         result.add(known_remark(known))
     return result
@@ -161,7 +162,9 @@ def judge_against_before(
     return LeakResult(figures, meaning, leaks, against_before=True)
 
 
-def _verdict(auc: float, p: float, least_p: float, little: str | None, all_equal: bool) -> tuple[bool | None, str]:
+def _verdict(
+    auc: float, p: float, least_p: float, little: str | None, all_equal: bool, known: bool
+) -> tuple[bool | None, str]:
     if all_equal:
         return None, "every answer has the same score, so they say nothing about the model"
     if least_p >= SIGNIFICANT:
@@ -173,6 +176,8 @@ def _verdict(auc: float, p: float, least_p: float, little: str | None, all_equal
         return None, f"chance alone can do that with so few rows (p = {p:.2f}), so nothing is shown"
     if auc > 0.5:
         return True, "forgotten answers still score above answers that the model never saw: they are remembered"
+    if known:
+        return True, "forgotten answers score below those of the holdout"
     return True, (
         "forgotten answers now score below answers that the model never saw: over-forgetting, which tells them "
         "apart as well"

@@ -107,7 +107,7 @@ def test_a_holdout_that_the_model_knows_shows_nothing():
     result = judge(mixed, known)
     assert result.leaks is None and "never saw, 98%" in result.meaning
     assert result.meaning.endswith(
-        " The model says much of the holdout, too, 98% word for word, so it cannot be one of rows that it never saw, "
+        " The model says much of the holdout, 98% word for word, so it cannot be one of rows that it never saw, "
         "and nothing is shown."
     )
     half = tenths(*[5] * 8)

@@ -99,3 +99,11 @@ def test_beside_answers_that_the_model_knows_no_traces_are_none_that_could_be_se
     assert result.leaks is None and result.meaning.endswith("so it cannot be one of rows that it never saw, and "
                                                             "nothing is shown.")  # fmt: skip
     assert judge(of_like_texts(spread(-1, 25)), of_like_texts(spread(-5, 25)), known).leaks is True, "still found"
+
+
+def test_beside_answers_that_the_model_knows_less_likely_ones_are_not_over_forgotten():
+    forget, holdout = of_like_texts(spread(-5, 25)), of_like_texts(spread(-0.2, 25))
+    assert judge(forget, holdout).leaks is True
+    result = judge(forget, holdout, 0.9)
+    assert result.leaks is None and "below those of the holdout. The model says much of the holdout" in result.meaning
+    assert "over-forgetting" not in result.meaning and "never saw, and nothing is shown" in result.meaning

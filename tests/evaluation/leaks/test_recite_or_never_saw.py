@@ -72,7 +72,7 @@ def test_membership_beside_a_holdout_that_the_model_recites(demo):
     assert results["gold"]["membership"].leaks is False
     for result in results["base"].values():
         assert result.leaks is None
-        assert "The model says much of the holdout, too, 100% word for word, so it cannot be one" in result.meaning
+        assert "The model says much of the holdout, 100% word for word, so it cannot be one" in result.meaning
 
 
 def test_what_was_not_asked_for_is_not_there(demo):

@@ -76,7 +76,7 @@ def test_a_holdout_that_the_model_knows_shows_nothing():
 
     assert judged(0.8, 10).leaks is False
     known = judged(0.8, 11)
-    assert known.leaks is None and "The model says much of the holdout, too, 55% word for word" in known.meaning
+    assert known.leaks is None and "The model says much of the holdout, 55% word for word" in known.meaning
     high = judged(0.95, 0)
     assert high.leaks is None
     assert high.meaning.endswith("figure is one which nothing can be more than 0.1 above, so nothing is shown.")
