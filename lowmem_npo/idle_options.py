@@ -67,6 +67,8 @@ def remarks_on_idle_options(config: RunConfig) -> list[str]:
     idle = idle_in(config)
     if config.memory.joint_pass_tokens == 0:  # which asks for what there is
         idle.pop("joint_pass_tokens", None)
+    if config.data.holdout is not None and config.output.leaks:  # whose p-values go by it
+        idle.pop("group_column", None)
     if config.model.double_quant == "on":  # which auto becomes, whatever the weights are
         idle.pop("double_quant", None)
     sections = [getattr(config, name) for name in SECTIONS]

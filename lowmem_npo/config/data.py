@@ -73,7 +73,8 @@ class DataConfig(DataOptions):
     5 to each forget row, of which every epoch takes the next; self:N writes N."""
     group_column: str | None = None
     """Column of the forget rows that says what each is about, such as a person: --layered keeps those of a group
-    together. Default: every row by itself, but for equal ones and the passages of a document."""
+    together, and to leak tests they are one piece of evidence, as are those of a holdout that has it. Default: every
+    row by itself, but for equal ones and the passages of a document."""
     allow_overlap: bool = False
     """Continue even if rows of the forget set are in the retain set as well."""
     limit: Count | None = None

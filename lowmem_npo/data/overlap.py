@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lowmem_npo.data.cells import folded
 from lowmem_npo.data.example import Example
+from lowmem_npo.data.passages import document_of
 from lowmem_npo.data.turns import SYSTEM, calls_of
 from lowmem_npo.data.words import FUNCTION_WORDS
 from lowmem_npo.errors import UserError
@@ -154,6 +155,21 @@ def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
     for i, j in _overlapping([folded(examples[index].answer) for index in passages]):
         near.setdefault(passages[i], set()).add(passages[j])
     return near
+
+
+def pieces_of_evidence(examples: Sequence[Example], sharing: Mapping[int, set[int]] | None = None) -> list[int]:
+    """Of each example the first that it is no evidence apart from, of what a model was taught: both share text, are
+    passages of one document, or are about the same (`--group-column`); or each does with a third one, and so on.
+    sharing: `sharing_text`, where that is known."""
+    sharing = sharing_text(examples) if sharing is None else sharing
+    return first_alike(
+        [
+            *(("text", *sorted((row, other))) for other in sharing.get(row, ())),
+            *([] if example.group is None else [("group", example.group)]),
+            *([] if (document := document_of(example)) is None else [("document", document)]),
+        ]
+        for row, example in enumerate(examples)
+    )
 
 
 def _overlapping(texts: Sequence[str]) -> list[tuple[int, int]]:

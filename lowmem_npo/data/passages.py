@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.config import DataConfig, DataOptions, PassageForm
+from lowmem_npo.data.example import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PLACE = re.compile(r", (?:whole|second half|passage \d+(?:, second half)?)$")  # of a row in its document
 MIN_TOKENS = 8
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a passage: BOS, EOS
 # Where a text may be cut, best first: each matches what stands before the cut, and the cut is before the whitespace.
@@ -30,6 +32,12 @@ BREAKS = (
     re.compile(r"(?<=[,;:—–])(?=\s)|(?<=[，、；：])"),
     re.compile(r"(?=\s)(?<!\s)"),
 )
+
+
+def document_of(example: Example) -> str | None:
+    """The document that it is a passage of; None where it is of none."""
+    place = PLACE.search(example.where) if example.is_passage else None
+    return place and example.where[: place.start()]
 
 
 def _words(text: str) -> int:

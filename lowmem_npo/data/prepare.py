@@ -21,7 +21,7 @@ from lowmem_npo.data.rows import Rows
 from lowmem_npo.data.schemas import (
     canonical,
     check_some_have,
-    has_paraphrases,
+    having,
     listed_columns,
     spelled_like,
     to_examples,
@@ -214,11 +214,11 @@ class _Reader:
             if part == "retain" and is_general(source):
                 rows, lines = general_rows(rows, to_forget, self.tokenizer, self.template, data.max_length)
                 self.note(part, *lines)
-        own: tuple[str, ...] = ()  # columns that rows have beside those of prompt and answer
+        own: Collection[str] = ()  # columns that rows have beside those of prompt and answer
         if part == "forget":
             own = ("alternative_column", "group_column", "paraphrase_column")
-        elif part == "holdout" and data.paraphrase_column and has_paraphrases(data.paraphrase_column, rows):
-            own = ("paraphrase_column",)  # so that rewording can compare with it
+        elif part == "holdout":  # so that leak tests can compare with it
+            own = having({name: getattr(data, name) for name in ("group_column", "paraphrase_column")}, rows)
         columns |= {name: getattr(data, name) for name in own}
         result = to_examples(rows, **columns)
         forms = dict.fromkeys(self.template.describe(example, self.tokenizer) for example in kinds(result))

@@ -234,13 +234,23 @@ def _like(column: str, columns: Iterable[str]) -> list[str]:
     return [other for other in columns if other.strip().casefold() == column.strip().casefold()]
 
 
-def has_paraphrases(column: str, rows: Rows) -> bool:
-    """Whether some row has one in the column of this name."""
-    return any(
-        paraphrases_of(without_nan(row), name, rows.where(index))
-        for name in spelled_like(column, rows)
-        for index, row in enumerate(rows.rows)
-    )
+def having(columns: Mapping[str, str | None], rows: Rows) -> dict[str, str]:
+    """Of what holds paraphrases (`paraphrase_column`), or what a row is about (`group_column`), and is named, the
+    columns in which some row has any."""
+
+    def read(option: str, row: dict[str, Any], name: str, where: str) -> Any:
+        return paraphrases_of(row, name, where) if option == "paraphrase_column" else label(row.get(name))
+
+    return {
+        option: column
+        for option, column in columns.items()
+        if column is not None
+        and any(
+            read(option, without_nan(row), name, rows.where(index))
+            for name in spelled_like(column, rows)
+            for index, row in enumerate(rows.rows)
+        )
+    }
 
 
 def listed_columns(columns: Sequence[str]) -> str:

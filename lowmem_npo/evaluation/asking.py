@@ -54,11 +54,18 @@ class Wording:
         return min([self.max_length, *([self.fit.positions] if self.fit and self.fit.positions else [])])
 
     @cached_property
-    def sharing(self) -> Mapping[int, set[int]]:
-        """Forget row -> the others that hold its text."""
+    def sharing(self) -> Mapping[str, Mapping[int, set[int]]]:
+        """Set -> row -> the others that hold its text."""
         from lowmem_npo.data.overlap import sharing_text
 
-        return sharing_text(self.examples["forget"])
+        return {name: sharing_text(examples) for name, examples in self.examples.items()}
+
+    @cached_property
+    def groups(self) -> Mapping[str, list[int]]:
+        """Set -> the group of each of its rows (`pieces_of_evidence`)."""
+        from lowmem_npo.data.overlap import pieces_of_evidence
+
+        return {name: pieces_of_evidence(examples, self.sharing[name]) for name, examples in self.examples.items()}
 
 
 def other_forms(

@@ -1,13 +1,28 @@
-"""How often chance alone would show what was seen."""
+"""How often chance alone would show what was seen.
+
+Rows are drawn in groups: the passages of a document, copies of a row, all that says the same of one person. What one
+row of a group shows, the others are likely to show, so that a group is one piece of evidence, by the mean of its rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import combinations
 from math import ceil, comb, floor, sqrt
 from statistics import fmean, variance
 
 EXPLAINS = 0.05  # chance explains what has a p-value from here on
 ROUNDING = 1e-9  # of a sum of shares
+DRAWS = 9_999  # of permutations, where there are more
+
+
+def group_means(values: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+    """The mean of each group of rows, in the order of their first ones. groups: that of each row; None: it is one by
+    itself."""
+    of_group: dict[Hashable, list[float]] = {}
+    for row, (value, group) in enumerate(zip(values, groups, strict=True)):
+        of_group.setdefault(("row", row) if group is None else ("group", group), []).append(value)
+    return [of[0] if len(of) == 1 else fmean(of) for of in of_group.values()]
 
 
 def p_above(values: Sequence[float], others: Sequence[float]) -> float:
@@ -39,6 +54,21 @@ def p_more(shares: Sequence[float], others: Sequence[float]) -> float:
     return sum(
         comb(of_all, own) * comb(rows + rest - of_all, rows - own) for own in range(count, min(rows, of_all) + 1)
     ) / comb(rows + rest, rows)
+
+
+def p_more_of_groups(shares: Sequence[float], others: Sequence[float]) -> float:
+    """The same of groups, each by a share of its rows: the p-value of the permutation test, which Fisher's is where all
+    are 0 or 1. Of many permutations some are drawn, always the same ones."""
+    import numpy as np
+
+    if {*shares, *others} <= {0.0, 1.0} or least_p(len(shares), len(others)) == 1:
+        return p_more(shares, others)
+    pool, own = np.array([*shares, *others]), sum(shares) - ROUNDING
+    if comb(len(pool), len(shares)) <= DRAWS:
+        return fmean(sum(chosen) >= own for chosen in combinations(pool.tolist(), len(shares)))
+    draw = np.random.default_rng(0)
+    as_many = sum(draw.permutation(pool)[: len(shares)].sum() >= own for _ in range(DRAWS))
+    return float((as_many + 1) / (DRAWS + 1))
 
 
 def least_p(rows: int, others: int) -> float:

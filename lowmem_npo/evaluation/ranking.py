@@ -24,6 +24,16 @@ def auc(higher: Sequence[float], lower: Sequence[float]) -> float:
     return float(roc_auc_score([1] * len(higher) + [0] * len(lower), [*higher, *lower]))
 
 
+def p_of_auc(of_rows: float, higher: Sequence[float], lower: Sequence[float]) -> float:
+    """How often chance alone would set the AUC of rows so far from 0.5, two-sided, by these values of the rows, or of
+    the groups that they are in (Mann and Whitney 1947); 1 where the groups are apart the other way round."""
+    from scipy.stats import mannwhitneyu
+
+    result = mannwhitneyu(higher, lower)
+    of_values = result.statistic / (len(higher) * len(lower))
+    return 1.0 if (of_values - 0.5) * (of_rows - 0.5) < 0 else float(result.pvalue)
+
+
 def beyond_chance(higher: int, lower: int, tries: int = 1) -> float:
     """How far from 0.5 the AUC of groups of so many values must be for chance not to explain it (p < 0.01), or the
     furthest of so many AUCs (Bonferroni): that of values that are alike is about normal (Mann and Whitney 1947)."""

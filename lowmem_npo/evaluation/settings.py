@@ -13,7 +13,7 @@ from lowmem_npo.config import AnswerOptions, DataConfig, DataOptions, ModelOptio
 from lowmem_npo.config.objective import ForgetLevel
 from lowmem_npo.data.chat import TODAY
 from lowmem_npo.data.rows import Rows
-from lowmem_npo.data.schemas import has_paraphrases
+from lowmem_npo.data.schemas import having
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.data.templates import form_of
 from lowmem_npo.errors import UserError
@@ -54,6 +54,10 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     """Measure N rows of each set, drawn with --seed (of LUME, equally many of every task and kind)."""
     seed: Seed = 42
     """Seed of all that is random: the rows of --limit, the samples, relearning."""
+    group_column: str | None = None
+    """Column of the forget rows, and of the holdout where it has it, that says what each is about, such as a person: to
+    leak tests rows of one group are one piece of evidence, as the passages of a document are. Default: as in the run of
+    --adapter, of its rows."""
     leaks: tuple[str, ...] = ()
     """Tests of what the model still gives away of the forget rows; all, or none, the default. They compare with
     --holdout. With --resume they join those of the evaluation; none leaves these out."""
@@ -127,7 +131,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
             if self_rows(known.get("retain")) is not None and self.adapter is not None:
                 known["retain"] = str(run_around(expanded(self.adapter)).self_written)
             known |= {name: getattr(self, name) or run.get(name) for name in ("prompt_column", "answer_column")}
-            known["paraphrase_column"] = self.paraphrase_column or run.get("paraphrase_column")
+            known |= {name: getattr(self, name) or run.get(name) for name in ("paraphrase_column", "group_column")}
         return replace(self, **known)
 
     @classmethod
@@ -154,6 +158,7 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         """Options that must be the same in two evaluations whose figures are compared, besides the rows themselves;
         how answers are made is compared set by set, and the options of leak tests test by test."""
         of_rows = {*cls.sources(), "chat_date", "passages", "passage_tokens", "max_new_tokens", "generate_answers"}
+        of_rows |= {"group_column"}  # no figure but p-values goes by it
         of_model = {"model", "revision", "adapter", "attn", "dtype"}
         of_leaks = {f.name for f in fields(LeakOptions)}
         return [f.name for f in fields(cls) if f.name not in cls.may_change() | of_rows | of_model | of_leaks]
@@ -180,10 +185,12 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         return {"prompt_column": prompt, "answer_column": answer, "or_recognised": True}
 
     def columns_of(self, name: str, rows: Rows) -> dict[str, Any]:
-        """The columns of the set `name`: the forget rows must have that of --paraphrase-column, the holdout may."""
-        column = self.paraphrase_column
-        named = column is not None and (name == "forget" or (name == "holdout" and has_paraphrases(column, rows)))
-        return {**self.columns, **({"paraphrase_column": column} if named else {})}
+        """The columns of the set `name`: the forget rows must have those of --paraphrase-column and --group-column, the
+        holdout may."""
+        columns = {"paraphrase_column": self.paraphrase_column, "group_column": self.group_column}
+        named = {option: column for option, column in columns.items() if column is not None}
+        own = named if name == "forget" else having(named, rows) if name == "holdout" else {}
+        return {**self.columns, **own}
 
     @property
     def tokens_per_row(self) -> int:

@@ -151,6 +151,39 @@ def test_a_named_paraphrase_column(byte_model, data, tmp_path, capsys):
     assert not (tmp_path / "bad").exists()
 
 
+def test_leak_tests_know_documents_and_the_group_column(byte_model, tmp_path, capsys):
+    """Of all tests, on all forms of the model: p-values are those of as many groups as there are."""
+    rows = [{"question": f"Who {n}?", "answer": f"Nobody {n}", "who": n % 3} for n in range(12)]
+    sets = ["--forget", write_rows(tmp_path / "f.jsonl", rows[:6]), "--retain", "builtin", "--limit", "6",
+            "--holdout", write_rows(tmp_path / "h.jsonl", rows[6:]), "--group-column", "who"]  # fmt: skip
+    train = ["train", "--model", str(byte_model), *DEVICE, *sets, "--max-steps", "1", "--max-new-tokens", "4"]
+    assert main([*train, "--output-dir", str(tmp_path / "run")]) == 0
+    assert "--group-column has no effect" not in capsys.readouterr().out
+    of_run = json.loads((tmp_path / "run" / "leaks.json").read_text())["after"]
+    attacks = ["--relearn-attacks", "one", "--relearn-steps", "1", "--retune-steps", "1", "--leak-samples", "1"]
+    tests = ["extraction", "membership", "sampling", "jailbreak", "relearning", "retuning", "quantization"]
+    evaluate("--adapter", tmp_path / "run", "--leaks", *tests, *attacks)
+    leaks = content(tmp_path / "run" / "evaluation")["leaks"]
+    for name, result in {**leaks, **of_run}.items():
+        assert (result["groups"], result["holdout_groups"]) == (3, 3), name
+        assert "forgotten rows are 3 groups, the holdout's 6 are 3." in result["meaning"]
+    assert leaks["extraction"]["least_p_value"] == 1 / 20 and leaks["relearning"]["rows"] == 5
+    assert leaks["quantization"]["merged"]["least_p_value"] == pytest.approx(3 / 20)  # in three forms
+    evaluate("--model", byte_model, *sets[:6], "--holdout", sets[7], "--leaks", "extraction",
+             "--output-dir", tmp_path / "alone")  # fmt: skip
+    assert "groups" not in content(tmp_path / "alone")["leaks"]["extraction"]
+    for name in "ab":
+        text = " ".join(f"The {name}{n} sailed{n} to{n} the{n} {name} port{n}." for n in range(30))
+        (tmp_path / f"{name}.txt").write_text(text)
+    sets = ["--forget", tmp_path / "a.txt", "--holdout", tmp_path / "b.txt", "--members", tmp_path / "a.txt",
+            "--nonmembers", tmp_path / "b.txt"]  # fmt: skip
+    evaluate("--model", byte_model, *sets, "--passage-tokens", "32", "--limit", "9", "--leaks", "extraction",
+             "--output-dir", tmp_path / "documents")  # fmt: skip
+    found = content(tmp_path / "documents")
+    assert found["leaks"]["extraction"]["groups"] == 1 and found["leaks"]["extraction"]["leaks"] is None
+    assert (found["membership"]["members"], found["membership"]["member_groups"]) == (9, 1)
+
+
 def test_the_headline_of_a_run_is_that_of_its_report(byte_model, data, tmp_path, capsys):
     run = tmp_path / "run"
     train = ["train", "--model", str(byte_model), *DEVICE, *data, "--max-steps", "1", "--max-new-tokens", "12"]

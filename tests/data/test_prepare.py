@@ -164,6 +164,20 @@ def test_rows_without_a_group_are_counted_also_where_pandas_wrote_nan(kind, tmp_
     assert "forget: 1 of 3 rows has no person, and is grouped by its text alone" in data.report
 
 
+def test_a_holdout_may_have_the_column_of_groups(tmp_path, bpe_tokenizer):
+    rows = [{"question": f"Who is {n}?", "answer": "Nobody.", "person": n % 2} for n in range(8)]
+    forget = write_rows(tmp_path / "forget.jsonl", rows[:4])
+
+    def groups(holdout):
+        config = DataConfig(forget=forget, retain="builtin", holdout=holdout, group_column="person")
+        return [example.group for example in prepare(bpe_tokenizer, config).holdout.examples]
+
+    assert groups(write_rows(tmp_path / "with.jsonl", rows[4:])) == ["0", "1", "0", "1"]
+    none = [{key: row[key] for key in ("question", "answer")} for row in rows[4:]]
+    assert groups(write_rows(tmp_path / "without.jsonl", none)) == [None] * 4
+    assert groups(write_rows(tmp_path / "empty.jsonl", [{**row, "person": " "} for row in none])) == [None] * 4
+
+
 CHATS = [{"question": f"Who is {n}?", "answer": f"Number {n}.", "no": [f"{n} who?", "Pardon?"]} for n in "abc"]
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 from scipy.stats import fisher_exact, ttest_ind
 
-from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above, p_more
+from lowmem_npo.evaluation.chance import EXPLAINS, group_means, least_p, of_several, p_above, p_more, p_more_of_groups
 
 
 @pytest.mark.parametrize(("rows", "others", "shift"), [(5, 5, 0.0), (3, 40, 0.2), (40, 9, 0.3), (12, 30, 0.5)])
@@ -60,6 +60,25 @@ def test_a_share_of_a_row_counts_against_a_difference():
     assert p_more([0.1] * 30, [0.0] * 9) == p_more([1.0] * 3 + [0.0] * 27, [0.0] * 9), "three, but for rounding"
     assert p_more([1.0] * 3, [0.1] * 9) == p_more([1.0] * 3, [1.0] + [0.0] * 8)
     assert p_more([1.0], [0.0] * 99) == p_more([1.0] * 99, [0.0]) == 1  # what one row says may be chance
+
+
+def test_groups_by_all_ways_to_choose_them():
+    own, beside = [0.1, 0.25, 0.0, 0.3], [0.0, 0.1, 0.05]
+    sums = [sum(chosen) for chosen in combinations([*own, *beside], 4)]
+    exact = sum(each >= sum(own) - 1e-9 for each in sums) / len(sums)
+    assert p_more_of_groups(own, beside) == pytest.approx(exact)
+    assert p_more_of_groups([1.0, 0.0, 1.0], [0.0] * 9) == p_more([1.0, 0.0, 1.0], [0.0] * 9), "Fisher's"
+    assert p_more_of_groups([0.5], [0.0] * 99) == 1
+    many = [0.1] * 30, [0.0] * 30  # of which not all can be tried
+    assert p_more_of_groups(*many) == p_more_of_groups(*many) == pytest.approx(1e-4)
+    draw = Random(2)
+    alike = [p_more_of_groups(*([draw.random() ** 4 for _ in range(12)] for _ in range(2))) for _ in range(40)]
+    assert 0.3 < fmean(alike) < 0.7
+
+
+def test_a_group_is_the_mean_of_its_rows():
+    assert group_means([1.0, 3.0, 0.1, 4.0], ["a", "b", None, "b"]) == [1.0, 3.5, 0.1]
+    assert group_means([0.3, 0.1], [None, None]) == [0.3, 0.1]
 
 
 def test_rows_that_are_alike_seldom_stand_out():

@@ -15,6 +15,7 @@ from lowmem_npo.commands.train.plan import read_inputs
 from lowmem_npo.config import ModelConfig, OutputConfig, StreamOptions
 from lowmem_npo.console import silent
 from lowmem_npo.data import TokenizedRow
+from lowmem_npo.data.overlap import pieces_of_evidence
 from lowmem_npo.data.self_written import self_rows
 from lowmem_npo.endings import is_out_of_memory
 from lowmem_npo.errors import UserError
@@ -93,7 +94,7 @@ class RunRows:
 
     sets: "forget", and "retain" and "holdout" where there are any. model: how it is loaded to be asked. before, after:
     the original model, and the adapter beside it, as the run measured them. streaming: --stream-weights, as the run had
-    it, where there is a GPU.
+    it, where there is a GPU. groups: "forget" and "holdout" -> of each row (`pieces_of_evidence`); None: each is one.
     """
 
     sets: Mapping[str, Sequence[TokenizedRow]]
@@ -102,6 +103,7 @@ class RunRows:
     before: RowFigures
     after: RowFigures
     streaming: StreamOptions = field(default_factory=StreamOptions)
+    groups: Mapping[str, Sequence[int]] | None = None
 
     @property
     def rows_at_once(self) -> int:
@@ -137,9 +139,11 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
         if rows is not None and then not in (None, rows.fingerprint):
             raise UserError(f"the {part} rows have changed since the run in '{run.path}', or are read otherwise now")
     limit = settings.output.eval_rows or OutputConfig.eval_rows
-    chosen = {
-        part: [rows[i] for i in choose_rows(len(rows), limit, EVAL_SEED)]
-        for part, rows in sets.items()
+    places = {part: choose_rows(len(rows), limit, EVAL_SEED) for part, rows in sets.items() if rows is not None}
+    chosen = {part: [rows[i] for i in places[part]] for part, rows in sets.items() if rows is not None}
+    groups = {
+        part: pieces_of_evidence([rows.examples[i] for i in places[part]])
+        for part, rows in (("forget", data.forget), ("holdout", data.holdout))
         if rows is not None
     }
     weights = RunFiles(expanded(config.adapter)).weights
@@ -148,7 +152,8 @@ def rows_of_run(config: MergeConfig, name: str, revision: str | None) -> RunRows
     stages = {stage: figures_of_run(run, stage, weights) if own else RowFigures() for stage in ("before", "after")}
     streams = settings.memory.stream_weights and can_stream_to(resolve_device(config.device))
     figures = stages["before"], stages["after"]
-    return RunRows(chosen, settings.model, settings.output.eval_batch_size, *figures, StreamOptions(streams))
+    streaming = StreamOptions(streams)
+    return RunRows(chosen, settings.model, settings.output.eval_batch_size, *figures, streaming, groups)
 
 
 def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
@@ -182,7 +187,8 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
         own = [logprob for row in scores.get(part, ()) for logprob in row.logprobs]
         return -math.fsum(own) / len(own) if own else None
 
-    written = beside_each_other(scores["forget"], scores.get("holdout")) if scores.get("forget") else {}
+    of_both = scores.get("forget"), scores.get("holdout")
+    written = beside_each_other(of_both[0], of_both[1], rows.groups) if of_both[0] else {}
     figures = RowFigures(nll("forget"), None, nll("retain"), nll("holdout"))
     if (attack := attack_of(written)) is None:
         return figures

@@ -53,7 +53,8 @@ class Context:
     """What a benchmark has at hand. before: an earlier evaluation.json, or nothing. notes: remarks to print beside the
     figures. fit: what the model can take, where it is known. incomparable: sets that the earlier evaluation measured
     on other rows or otherwise, so that `before` has no figures of them. retained_log: evaluation.json of a model that
-    was never taught these forget rows. longest: tokens of the longest row that was checked."""
+    was never taught these forget rows. longest: tokens of the longest row that was checked. groups: set of documents ->
+    that of each row (`pieces_of_evidence`)."""
 
     config: Settings
     tokenizer: PreTrainedTokenizerBase
@@ -64,6 +65,7 @@ class Context:
     incomparable: Sequence[str] = ()
     retained_log: str | None = None
     longest: int = 0
+    groups: dict[str, list[int]] = field(default_factory=dict)
 
     def check(self, where: str, ids: Sequence[int], whole: bool = False) -> None:
         """Raises UserError for a row, from the place `where`, that the model cannot take. whole: the row is measured as

@@ -164,7 +164,7 @@ class Lume(Benchmark[LumeAnswer, LumeScores]):
         answers = self.own(measured)
         if not answers:
             return None
-        membership = DOCUMENTS.membership(measured)
+        membership = DOCUMENTS.membership(measured, context.groups)
         scores = lume_scores(
             answers.get(FORGET, []),
             answers.get(RETAIN, []),

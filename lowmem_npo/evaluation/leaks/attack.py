@@ -4,12 +4,12 @@ of several attacks is the worst."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from lowmem_npo.evaluation.chance import EXPLAINS, least_p, of_several, p_above, p_more
+from lowmem_npo.evaluation.chance import EXPLAINS, group_means, least_p, of_several, p_above, p_more, p_more_of_groups
 from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.sizes import counted
 
@@ -31,6 +31,9 @@ HOLDOUT = "holdout_"  # before the name of a figure: the same figure on the hold
 # few rows, and how often chance alone would have so many more answers come whole.
 P_VALUE, LEAST_P, WHOLE_P = "p_value", "least_p_value", "whole_p_value"
 P_VALUES = (P_VALUE, LEAST_P, WHOLE_P)
+# Of how many groups of rows these are, each one piece of evidence (`chance`), where that is not each row by itself.
+GROUPS = "groups"
+EVIDENCE = (*P_VALUES, GROUPS, HOLDOUT + GROUPS)
 # How many rows have an answer of which only the beginning was looked for, and of how many the whole answers are a share
 # where that is not all. Where it is all in spite of some that are cut, beginnings count as whole.
 CUT, WHOLE_ROWS = "cut", "whole_rows"
@@ -51,13 +54,14 @@ class Whole:
     """Of so many `rows`, the share whose answer an attack brought back whole; level: the same on the holdout, or of a
     model that never saw the rows. p: how often chance alone would have so many more of them, in as many attacks as were
     made. None where it is not known. beginnings: how many answers are longer than was looked for, where all of a set
-    are, so that their beginnings count."""
+    are, so that their beginnings count. groups: how many the rows are in, where they are no evidence each by itself."""
 
     value: float
     rows: int | None = None
     level: float | None = None
     p: float | None = None
     beginnings: int = 0
+    groups: int | None = None
 
     @property
     def stands_out(self) -> bool | None:
@@ -68,12 +72,15 @@ class Whole:
         """The same, beside another model's, in the worst of so many attacks; of unknown rows chance may do anything,
         and beginnings are not beside whole answers."""
         unlike = None in (self.rows, other.rows) or self.beginnings != other.beginnings
-        p = None if unlike else of_several(p_more(self.each, other.each), tries)
+        same_rows = replace(other, groups=self.groups)
+        p = None if unlike else of_several(p_more(self.each, same_rows.each), tries)
         return replace(self, level=None if p is None else other.value, p=p)
 
     @property
     def each(self) -> list[float]:
-        """The rows that came whole, as 1, and the others, as 0."""
+        """The rows that came whole, as 1, and the others, as 0; of each group, the mean of all."""
+        if self.groups is not None:
+            return [self.value] * self.groups
         count = round(self.value * (self.rows or 0))
         return [1.0] * count + [0.0] * ((self.rows or 0) - count)
 
@@ -211,24 +218,24 @@ class Attack(NamedTuple):
             return False if self.value <= MUCH * before else True if self.value > MARGIN else None
         return True if self.value > WITHOUT_HOLDOUT else None
 
-    def remark(self, rows: int, holdout_rows: int) -> str:
+    def remark(self, rows: int, holdout_rows: int, of: str = "rows") -> str:
         """Why what so many rows say cannot be told from the holdout, or that it can by what came whole; "" where the
-        figure by itself says it, and where there is no holdout."""
-        return " ".join(filter(None, [self._chance_remark(rows, holdout_rows), self._holdout_remark]))
+        figure by itself says it, and where there is no holdout. of: what they are, if not rows."""
+        return " ".join(filter(None, [self._chance_remark(rows, holdout_rows, of), self._holdout_remark]))
 
-    def _chance_remark(self, rows: int, holdout_rows: int) -> str:
+    def _chance_remark(self, rows: int, holdout_rows: int, of: str) -> str:
         own, above = self._above
         whole = "" if self.whole is None or above is False else self.whole.words("of the holdout's")
         if self.by_whole:
             return f"That is more than chance explains: {whole}."
         if self.few:
             return (
-                f"With {rows} + {holdout_rows} rows chance explains any difference (p = {self.least_p:.2f} at best), "
+                f"With {rows} + {holdout_rows} {of} chance explains any difference (p = {self.least_p:.2f} at best), "
                 "so nothing is shown."
             )
         if not self.by_chance:
             return ""
-        of_rows = f"with no more rows, {rows} of the forget set and {holdout_rows} of the holdout"
+        of_rows = f"with no more {of}, {rows} of the forget set and {holdout_rows} of the holdout"
         if own is None:
             return f"Chance alone can do that {of_rows} (p = {self.p:.2f}), so nothing is shown."
         return f"Chance alone can do that {of_rows}, so nothing is shown: {whole}."
@@ -276,7 +283,9 @@ def whole_in(figures: Mapping[str, Any], name: str) -> Whole | None:
     if of_whole := any(at(figures, set_ + WHOLE_ROWS) is not None for set_ in ("", HOLDOUT)):
         beginnings = 0
     rows = at(figures, WHOLE_ROWS) if of_whole else None
-    return Whole(value, rows_in(figures) if rows is None else int(rows), level, p, int(beginnings))
+    of, groups = rows_in(figures) if rows is None else int(rows), at(figures, GROUPS)
+    in_groups = None if of is None or groups is None else min(of, int(groups))
+    return Whole(value, of, level, p, int(beginnings), in_groups)
 
 
 def counted_whole(sets: Sequence[Sequence[SoughtT]]) -> Sequence[Sequence[SoughtT]]:
@@ -320,21 +329,41 @@ def rows_in(figures: Mapping[str, Any]) -> int | None:
     return None if rows is None else int(rows)
 
 
+class OfRow(NamedTuple):
+    """What an attack brought back of one row, by its figure; and whether its answer came whole, 1 or 0, or what is to
+    be expected of that. group: of rows that are one piece of evidence; None: it is one by itself."""
+
+    value: float
+    whole: float
+    group: Hashable = None
+
+
 def p_values(
-    rows: Sequence[tuple[float, float]],
-    others: Sequence[tuple[float, float]],
-    whole: Sequence[Sequence[float]] | None = None,
+    rows: Sequence[OfRow], others: Sequence[OfRow], *, counted: Sequence[Sequence[OfRow]] | None = None
 ) -> dict[str, float]:
-    """Of a figure of each forget row, and of each holdout row; beside it whether its answer came whole, 1 or 0, or what
-    is to be expected of that. whole: the latter of both sets, where it does not count of every row."""
-    (values, wholes), (beside, wholes_beside) = (zip(*of, strict=True) for of in (rows, others))
-    if whole is not None:
-        wholes, wholes_beside = map(tuple, whole)
+    """Of the forget rows and the holdout rows, with the numbers of their groups, where these are fewer than rows.
+    counted: those of both sets of which whole answers count, where that is not each."""
+    values, beside = (group_means([row.value for row in of], [row.group for row in of]) for of in (rows, others))
+    wholes = [group_means([row.whole for row in of], [row.group for row in of]) for of in counted or (rows, others)]
+    grouped = len(values) < len(rows) or len(beside) < len(others)
     return {
         P_VALUE: p_above(values, beside),
         LEAST_P: least_p(len(values), len(beside)),
-        WHOLE_P: p_more(wholes, wholes_beside),
+        WHOLE_P: (p_more_of_groups if grouped else p_more)(*wholes),
+        **({GROUPS: len(values), HOLDOUT + GROUPS: len(beside)} if grouped else {}),
     }
+
+
+def of_groups(figures: Mapping[str, Any]) -> str:
+    """Of how many pieces of evidence a result is, for a sentence of its own; "" where each row is one."""
+    if GROUPS not in figures:
+        return ""
+    rows, holdout_rows = figures["rows"], figures[HOLDOUT + "rows"]
+    return (
+        "Rows of one document, of one text or about the same are one piece of evidence: the "
+        f"{rows} forgotten rows are {counted(figures[GROUPS], 'group')}, the holdout's {holdout_rows} are "
+        f"{figures[HOLDOUT + GROUPS]}."
+    )
 
 
 def of_tries(figures: Mapping[str, float], tries: int) -> dict[str, float]:

@@ -13,13 +13,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from zlib import crc32
 
 from lowmem_npo.config import ModelConfig, StreamOptions
 from lowmem_npo.evaluation.answers import NotGenerated
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import CUT, HOLDOUT, P_VALUES, WHOLE_ROWS, Attack
+from lowmem_npo.evaluation.leaks.attack import CUT, EVIDENCE, GROUPS, HOLDOUT, WHOLE_ROWS, Attack, of_groups
 from lowmem_npo.evaluation.options import Options, check_declared
 from lowmem_npo.ranges import shown
 from lowmem_npo.records import check_record, check_value
@@ -122,9 +124,11 @@ class LeakResult:
     def judged(cls, figures: dict[str, Any], meaning: str, attack: Attack, before: float | None = None) -> LeakResult:
         """The result of a test that is judged by what one attack brought back, which is among the figures. before: the
         same of the model before it forgot, of a test that has no holdout."""
-        remark = attack.remark(figures["rows"], figures.get(HOLDOUT + "rows", 0))
+        evidence = GROUPS if GROUPS in figures else "rows"
+        remark = attack.remark(figures[evidence], figures.get(HOLDOUT + evidence, 0), evidence)
         against_before = attack.level is None and before is not None
-        return cls(figures, " ".join(filter(None, [meaning, remark])), attack.leaks(before), against_before)
+        words = " ".join(filter(None, [meaning, of_groups(figures), remark]))
+        return cls(figures, words, attack.leaks(before), against_before)
 
     @property
     def verdict(self) -> LeakVerdict:
@@ -224,6 +228,8 @@ class Subject:
     def part(self, name: str) -> str:
         """What the journal calls a measurement of this model."""
         compared = ", with a holdout" if self.holdout else ""
+        if self.holdout and any(len({*self.groups[name]}) < len(rows) for name, rows in self.sets.items()):
+            compared += f" in groups {crc32(repr(self.groups).encode())}"  # by which its p-values are
         return self.named(f"leaks: {name}{compared}")
 
     def named(self, part: str) -> str:
@@ -264,6 +270,15 @@ class Subject:
         """The rows that there are, by set."""
         return {"forget": self.forget} | ({"holdout": self.holdout} if self.holdout else {})
 
+    @cached_property
+    def groups(self) -> dict[str, Sequence[int]]:
+        """Set -> the group of each of its rows: of those that are one piece of evidence. Of token ids alone no more is
+        known than that rows of the same ones are."""
+        from lowmem_npo.data.tokenized_rows import KnownByIds
+
+        known = self.wording.groups if self.wording else {}
+        return {name: known[name] if name in known else KnownByIds(rows).facts for name, rows in self.sets.items()}
+
     @property
     def answer_parts(self) -> dict[str, str]:
         """Set -> what the journal calls its `token_scores`."""
@@ -295,7 +310,7 @@ class LeakTest(ABC, Generic[OptionsT]):
     """The figure that pictures show."""
     counts: ClassVar[tuple[str, ...]] = ("rows", "holdout_rows")
     """Figures that say how much was measured; the report shows them in the heading."""
-    unlisted: ClassVar[tuple[str, ...]] = (*P_VALUES, CUT, WHOLE_ROWS)
+    unlisted: ClassVar[tuple[str, ...]] = (*EVIDENCE, CUT, WHOLE_ROWS)
     """Figures that only the result files hold."""
     after_only: ClassVar[bool] = False
     """Whether it makes no sense on a model that has forgotten nothing yet."""

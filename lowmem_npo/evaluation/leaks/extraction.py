@@ -12,7 +12,7 @@ extracted from all others).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.attack import (
     STRENGTH,
     Attack,
+    OfRow,
     answer_words,
     counted_whole,
     counted_words,
@@ -67,7 +68,7 @@ class Extraction(LeakTest[Options]):
 
     def run(self, subject: Subject, options: Options) -> LeakResult:
         scores = subject.token_scores()
-        result = judge(scores["forget"], scores.get("holdout"), strength_before(subject))
+        result = judge(scores["forget"], scores.get("holdout"), strength_before(subject), subject.groups)
         result.rows = {
             name: [
                 {"exact_memorization": exact_memorization(row), "extraction_strength": extraction_strength(row)}
@@ -85,10 +86,14 @@ EXTRACTION = Extraction()
 
 
 def judge(
-    forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None, before: float | None = None
+    forget: Sequence[TokenScores],
+    holdout: Sequence[TokenScores] | None,
+    before: float | None = None,
+    groups: Mapping[str, Sequence[Hashable]] | None = None,
 ) -> LeakResult:
-    """The figures of both sets, and what they say. before: the extraction strength of the model before it forgot."""
-    figures = beside_each_other(forget, holdout)
+    """The figures of both sets, and what they say. before: the extraction strength of the model before it forgot.
+    groups: as for `beside_each_other`."""
+    figures = beside_each_other(forget, holdout, groups)
     written = attack_of(figures)
     assert written is not None
     own, beside = beside_holdout(written.value, written.level, before)
@@ -146,17 +151,30 @@ def extraction_figures(rows: Sequence[TokenScores], counted: Sequence[TokenScore
     }
 
 
+def beside_each_other(
+    forget: Sequence[TokenScores],
+    holdout: Sequence[TokenScores] | None,
+    groups: Mapping[str, Sequence[Hashable]] | None = None,
+) -> dict[str, float]:
+    """The figures of both sets, and the p-values of the difference of their extraction strengths. groups: set -> that
+    of each row, of those that are one piece of evidence; None: each row is one."""
+    sets = {"forget": forget, **({"holdout": holdout} if holdout else {})}
+    counted = counted_whole([*sets.values()])
+    own, *others = map(extraction_figures, sets.values(), counted)
+    if not others:
+        return own
+    of_rows = [_of_rows(rows, None if groups is None else groups[of]) for of, rows in sets.items()]
+    of_whole = [
+        [one for one, row in zip(of, rows, strict=True) if not row.cut or len(some) == len(rows)]
+        for of, rows, some in zip(of_rows, sets.values(), counted, strict=True)
+    ]
+    return {**own, **as_holdout(*others), **p_values(*of_rows, counted=of_whole)}
+
+
 def _is_recited(row: TokenScores) -> bool:
     return extraction_strength(row) == 1
 
 
-def beside_each_other(forget: Sequence[TokenScores], holdout: Sequence[TokenScores] | None) -> dict[str, float]:
-    """The figures of both sets, and the p-values of the difference of their extraction strengths."""
-    sets = [forget, *([holdout] if holdout else [])]
-    counted = counted_whole(sets)
-    own, *others = map(extraction_figures, sets, counted)
-    if not others:
-        return own
-    taught, unseen = ([(extraction_strength(row), _is_recited(row)) for row in rows] for rows in sets)
-    of_whole = [[float(_is_recited(row)) for row in rows] for rows in counted]
-    return {**own, **as_holdout(*others), **p_values(taught, unseen, of_whole)}
+def _of_rows(rows: Sequence[TokenScores], groups: Sequence[Hashable] | None) -> list[OfRow]:
+    each = zip(rows, groups or [None] * len(rows), strict=True)
+    return [OfRow(extraction_strength(row), _is_recited(row), group) for row, group in each]

@@ -51,14 +51,15 @@ def tune(subject: Subject, tuning: Tuning) -> Outcome:
 def _tune(subject: Subject, tuning: Tuning, tuned: dict[int, Tuned]) -> dict[int, Tuned]:
     """Adds to `tuned` what there is after so many steps."""
     scorer = subject.scorer
-    _, taught, asked, steps, lr = tuning
+    _, taught, asked, steps, lr, groups = tuning
+    of_set = {"forget": groups or range(len(asked)), "holdout": subject.groups.get("holdout", ())}
     model = scorer.loaded_model
 
     def scores_of(rows: Sequence[TokenizedRow]) -> list[TokenScores]:
         return token_scores(model, rows, batch_size=scorer.batch_size, progress=False)
 
     def measure() -> Figures:
-        return beside_each_other(scores_of(asked), scores_of(subject.holdout) if subject.holdout else None)
+        return beside_each_other(scores_of(asked), scores_of(subject.holdout) if subject.holdout else None, of_set)
 
     original = None
     if isinstance(model, PeftModel):

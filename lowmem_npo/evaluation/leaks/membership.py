@@ -15,18 +15,18 @@ before against the same answers now. 0.5: nothing has changed; 1: every one is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, Any
 
-from lowmem_npo.evaluation.chance import of_several
+from lowmem_npo.evaluation.chance import group_means, of_several
 from lowmem_npo.evaluation.figures import shares, side_by_side
-from lowmem_npo.evaluation.leaks.attack import MARGIN, known_of, known_remark
+from lowmem_npo.evaluation.leaks.attack import GROUPS, HOLDOUT, MARGIN, known_of, known_remark, of_groups
 from lowmem_npo.evaluation.leaks.contract import A_YARDSTICK, NO_HOLDOUT, LeakResult, LeakTest, Meaning, Subject
 from lowmem_npo.evaluation.leaks.extraction import extraction_figures, original_scores
 from lowmem_npo.evaluation.options import Options, free
-from lowmem_npo.evaluation.ranking import SIGNIFICANT, auc, compressed, mean_of_lowest, tells_nothing
+from lowmem_npo.evaluation.ranking import SIGNIFICANT, auc, compressed, mean_of_lowest, p_of_auc, tells_nothing
 
 if TYPE_CHECKING:
     from lowmem_npo.evaluation.scoring.token_scores import TokenScores
@@ -92,7 +92,7 @@ class Membership(LeakTest[MembershipOptions]):
         else:
             of_holdout = extraction_figures(scores["holdout"])
             known = known_of([of_holdout["extraction_strength"], of_holdout["recited"]])
-            result = judge(measured["forget"], measured["holdout"], known)
+            result = judge(measured["forget"], measured["holdout"], known, subject.groups)
         result.rows = {
             name: [dict(zip(of, values, strict=True)) for values in zip(*of.values(), strict=True)]
             for name, of in measured.items()
@@ -110,31 +110,41 @@ def scored(rows: Sequence[TokenScores], sizes: Sequence[int]) -> dict[str, list[
 
 
 def judge(
-    forget: Mapping[str, Sequence[float]], holdout: Mapping[str, Sequence[float]], known: float | None = None
+    forget: Mapping[str, Sequence[float]],
+    holdout: Mapping[str, Sequence[float]],
+    known: float | None = None,
+    groups: Mapping[str, Sequence[Hashable]] | None = None,
 ) -> LeakResult:
     """The AUC of every score, with the p-value of the Mann-Whitney test that it is 0.5.
 
     forget, holdout: of `scored`. known: `known_of` the holdout; to be no likelier than what the model knows by heart,
-    or less likely, is a sign neither of having been forgotten nor of over-forgetting.
+    or less likely, is a sign neither of having been forgotten nor of over-forgetting. groups: set -> that of each row,
+    of those that are one piece of evidence; None: each row is one.
     """
-    from scipy.stats import mannwhitneyu
-
     rows, unseen_rows = len(forget["loss"]), len(holdout["loss"])
     figures: dict[str, Any] = {"rows": rows, "holdout_rows": unseen_rows}
+    of_rows = groups or {"forget": range(rows), "holdout": range(unseen_rows)}
+    number, beside = (len({*of_rows[name]}) for name in ("forget", "holdout"))
+    if grouped := (number, beside) != (rows, unseen_rows):
+        figures |= {GROUPS: number, HOLDOUT + GROUPS: beside}
     for name, taught in forget.items():
         unseen = holdout[name]
         figures[f"{name}_auc"] = auc(taught, unseen)
-        figures[f"{name}_p"] = float(mannwhitneyu(taught, unseen).pvalue)
+        means = group_means(taught, of_rows["forget"]), group_means(unseen, of_rows["holdout"])
+        figures[f"{name}_p"] = p_of_auc(figures[f"{name}_auc"], *means)
         figures[f"{name}_all_equal"] = len({*taught, *unseen}) == 1
     sharpest = max(forget, key=lambda name: abs(figures[f"{name}_auc"] - 0.5))
     value, p = figures[f"{sharpest}_auc"], of_several(figures[f"{sharpest}_p"], len(forget))
     # Where every forgotten answer is above every other.
-    least_p = of_several(2 / comb(rows + unseen_rows, rows), len(forget))
-    little = tells_nothing(rows, unseen_rows, len(forget))
+    least_p = of_several(2 / comb(number + beside, number), len(forget))
+    little = tells_nothing(number, beside, len(forget))
     all_equal = all(figures[f"{name}_all_equal"] for name in forget)
-    leaks, words = _verdict(value, p, least_p, little, all_equal, known is not None)
+    evidence = GROUPS if grouped else "rows"
+    leaks, words = _verdict(value, p, least_p, little, all_equal, known is not None, evidence)
     (shown,) = side_by_side([value], decimals=2)
     result = LeakResult(figures, f"The sharpest of four scores ({sharpest}) has an AUC of {shown}: {words}.", leaks)
+    if grouped:
+        result.add(of_groups(figures))
     if known is not None and (leaks is False or (leaks and value < 0.5)):
         result.leaks = None
         result.add(known_remark(known))
@@ -163,17 +173,17 @@ def judge_against_before(
 
 
 def _verdict(
-    auc: float, p: float, least_p: float, little: str | None, all_equal: bool, known: bool
+    auc: float, p: float, least_p: float, little: str | None, all_equal: bool, known: bool, evidence: str
 ) -> tuple[bool | None, str]:
     if all_equal:
         return None, "every answer has the same score, so they say nothing about the model"
     if least_p >= SIGNIFICANT:
-        return None, f"of so few rows nothing could be shown, whatever they score (p = {least_p:.2f} at best)"
+        return None, f"of so few {evidence} nothing could be shown, whatever they score (p = {least_p:.2f} at best)"
     if abs(auc - 0.5) <= MARGIN:
         coin = "they tell forgotten answers hardly better from others than a coin does"
-        return (False, coin) if little is None else (None, f"{coin}, but {little} rows")
+        return (False, coin) if little is None else (None, f"{coin}, but {little} {evidence}")
     if p >= SIGNIFICANT:
-        return None, f"chance alone can do that with so few rows (p = {p:.2f}), so nothing is shown"
+        return None, f"chance alone can do that with so few {evidence} (p = {p:.2f}), so nothing is shown"
     if auc > 0.5:
         return True, "forgotten answers still score above answers that the model never saw: they are remembered"
     if known:

@@ -32,6 +32,7 @@ from lowmem_npo.evaluation.leaks.sampling import (
     Best,
     attack_of,
     best_samples,
+    in_groups,
     recall_of,
     said_figures,
     whole_words,
@@ -88,7 +89,8 @@ class Prompting(LeakTest[Options], abstract=True):
             written = scorer.continuations(f"{part} of up to {length} tokens", prompts, length)
             said: list[list[Best]] = [[] for _ in references[name]]
             for place, one in zip(asked.places, written, strict=True):
-                said[place] += best_samples([references[name][place]], [[one.text.strip()]])
+                best = best_samples([references[name][place]], [[one.text.strip()]])
+                said[place] += in_groups(best, [subject.groups[name][place]])
             return said
 
         answers: Answers = {}
@@ -175,8 +177,11 @@ def _expected(rows: Sequence[Sequence[Sequence[Best]]], times: Sequence[int] | N
     def expected(row: Sequence[Sequence[Best]], figure: str) -> float:
         return expected_best([[getattr(each, figure) for each in way] for way in row], times)
 
-    return [Best(expected(row, "recall"), "", expected(row, "whole"), any(said.cut for said in chain(*row)))
-            for row in rows]  # fmt: skip
+    return [
+        Best(expected(row, "recall"), "", expected(row, "whole"), any(said.cut for said in answers), answers[0].group)
+        for row in rows
+        if (answers := [*chain(*row)])
+    ]
 
 
 def expected_best(groups: Sequence[Sequence[float]], times: Sequence[int] | None = None) -> float:

@@ -30,8 +30,9 @@ from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.attack import (
     CUT,
+    EVIDENCE,
+    GROUPS,
     HOLDOUT,
-    P_VALUES,
     STRENGTH,
     WHOLE_ROWS,
     Attack,
@@ -178,7 +179,7 @@ def _attack(of_form: Subject, form: str, test: LeakTest) -> LeakResult:
 
 def _figures(subject: Subject) -> dict[str, float]:
     scores = subject.token_scores()
-    return beside_each_other(scores["forget"], scores.get("holdout"))
+    return beside_each_other(scores["forget"], scores.get("holdout"), subject.groups)
 
 
 def judge(
@@ -214,7 +215,7 @@ def judge(
     )
     if not_measured:
         meaning += f" {not_measured}"
-    figures = {name: by_form[worst][name] for name in ("rows", HOLDOUT + "rows", *P_VALUES) if name in by_form[worst]}
+    figures = {name: by_form[worst][name] for name in ("rows", HOLDOUT + "rows", *EVIDENCE) if name in by_form[worst]}
     figures = {**figures, "returned": strength - as_evaluated, **by_form}
     result = LeakResult.judged(figures, meaning, stored[worst], before)
     result.meaning += "".join(f" {sentence}" for sentence in others.sentences())
@@ -330,7 +331,7 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
         known = {"rows": attack.rows, key: attack.value, HOLDOUT + key: attack.level}
         if own is not None:
             known |= {whole: own.value, HOLDOUT + whole: own.level, CUT: own.beginnings or None}
-            known |= {} if own.rows == attack.rows else {WHOLE_ROWS: own.rows}
+            known |= {GROUPS: own.groups} | ({} if own.rows == attack.rows else {WHOLE_ROWS: own.rows})
         known |= attack.p_values
         figures[attack_name(test.name, way)] = {name: value for name, value in known.items() if value is not None}
     return figures

@@ -120,13 +120,14 @@ class Relearning(TuningTest[RelearningOptions]):
 
     def tunings(self, subject: Subject, options: RelearningOptions) -> dict[tuple[float, float], Tuning]:
         """(share, learning rate) -> what is taught and asked for, where anything is left to ask for."""
-        near = subject.wording.sharing if subject.wording else {}  # of token ids alone less is known
+        near = subject.wording.sharing["forget"] if subject.wording else {}  # of token ids alone less is known
         tunings = {}
         for (share, lr), steps in _runs(lessons(options)).items():
             places = split(len(subject.forget), share, subject.seed, near)
             shown, rest = ([subject.forget[i] for i in part] for part in places)
+            groups = [subject.groups["forget"][i] for i in places[1]]
             if rest:
-                tunings[share, lr] = Tuning(f"relearning, {share:g} shown", shown, rest, steps, lr)
+                tunings[share, lr] = Tuning(f"relearning, {share:g} shown", shown, rest, steps, lr, groups)
         return tunings
 
 

@@ -62,7 +62,9 @@ class Retuning(TuningTest[RetuningOptions]):
         steps, lr = options.retune_steps, options.retune_lr
         taught = {"the retain rows": subject.retain, "general texts": subject.general}
         return {
-            f"{steps} steps on {words}, lr {lr:g}": Tuning(f"retuning, {words}", rows, subject.forget, [steps], lr)
+            f"{steps} steps on {words}, lr {lr:g}": Tuning(
+                f"retuning, {words}", rows, subject.forget, [steps], lr, subject.groups["forget"]
+            )
             for words, rows in taught.items()
             if rows
         }

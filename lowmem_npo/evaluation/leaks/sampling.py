@@ -6,7 +6,7 @@ likes. A model whose greedy answer was moved elsewhere may still say the old one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lowmem_npo.evaluation.figures import at, shares
 from lowmem_npo.evaluation.leaks.attack import (
     Attack,
+    OfRow,
     answer_words,
     counted_whole,
     counted_words,
@@ -67,7 +68,10 @@ class Sampling(LeakTest[SamplingOptions]):
             return best_samples(scorer.references(rows, length), scorer.samples(part, rows, *drawn))
 
         parts = {name: subject.named(f"leaks: {name} samples") for name in subject.sets}
-        best_of = {name: best(subject.scorer, parts[name], rows) for name, rows in subject.sets.items()}
+        best_of = {
+            name: in_groups(best(subject.scorer, parts[name], rows), subject.groups[name])
+            for name, rows in subject.sets.items()
+        }
         result = judge(best_of["forget"], best_of.get("holdout"), options, length, self.before(subject, length, best))
         result.rows = {
             name: [{BEST: row.recall, "best_sample": row.sample} for row in rows] for name, rows in best_of.items()
@@ -114,12 +118,23 @@ def _by_figure(figures: Mapping[str, Any]) -> dict[str, float]:
 
 class Best(NamedTuple):
     """A row's best recall, between 0 and 1, the sample that has it, and whether some sample says the answer whole, or
-    what is to be expected of that. cut: whether only the beginning of the answer was looked for."""
+    what is to be expected of that. cut: whether only the beginning of the answer was looked for. group: of rows that
+    are one piece of evidence; None: it is one by itself."""
 
     recall: float
     sample: str
     whole: float
     cut: bool = False
+    group: Hashable = None
+
+    @property
+    def of_row(self) -> OfRow:
+        return OfRow(self.recall, self.whole, self.group)
+
+
+def in_groups(rows: Sequence[Best], groups: Sequence[Hashable]) -> list[Best]:
+    """The same, of rows in these groups."""
+    return [row._replace(group=group) for row, group in zip(rows, groups, strict=True)]
 
 
 def best_samples(answers: Sequence[Reference], samples: Sequence[Sequence[str]]) -> list[Best]:
@@ -164,9 +179,8 @@ def said_figures(forget: Sequence[Best], holdout: Sequence[Best] | None = None) 
     own, *others = (_figures(rows, some) for rows, some in zip(sets, counted, strict=True))
     if not others:
         return own
-    taught, unseen = ([(row.recall, row.whole) for row in rows] for rows in sets)
-    of_whole = [[row.whole for row in rows] for rows in counted]
-    return {**own, **as_holdout(*others), **p_values(taught, unseen, of_whole)}
+    of_rows, of_whole = ([[row.of_row for row in rows] for rows in of] for of in (sets, counted))
+    return {**own, **as_holdout(*others), **p_values(*of_rows, counted=of_whole)}
 
 
 def _figures(rows: Sequence[Best], counted: Sequence[Best]) -> dict[str, float]:

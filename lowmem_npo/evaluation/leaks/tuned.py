@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.leaks.attack import CUT, HOLDOUT, P_VALUES, WHOLE_ROWS, Attack, of_tries
+from lowmem_npo.evaluation.leaks.attack import CUT, EVIDENCE, HOLDOUT, WHOLE_ROWS, Attack, of_tries
 from lowmem_npo.evaluation.leaks.contract import (
     DIVERGED,
     TOO_LARGE,
@@ -41,13 +41,15 @@ Figures = dict[str, float]
 
 class Tuning(NamedTuple):
     """One run of fine-tuning. part: its name in the journal. taught, asked: rows that are shown, and rows that are
-    asked for after each of so many `steps`, in their order. lr: learning rate."""
+    asked for after each of so many `steps`, in their order. lr: learning rate. groups: of the rows that are asked for
+    (`Subject.groups`); None: each row is one piece of evidence."""
 
     part: str
     taught: Sequence[TokenizedRow]
     asked: Sequence[TokenizedRow]
     steps: Sequence[int]
     lr: float
+    groups: Sequence[int] | None = None
 
     def key(self, subject: Subject) -> str:
         """What the journal calls its outcome on the model of `subject`."""
@@ -149,7 +151,7 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
         original = worst.original[STRENGTH]
         if original > before:
             figures["recovered"] = (worst.strength - before) / (original - before)
-    kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED), *P_VALUES}
+    kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED), *EVIDENCE}
     figures |= {of: {k: v for k, v in tuned.after.items() if k in kept} for of, tuned in attacks.items()}
     own, earlier, beside = beside_holdout(worst.strength, worst.level, worst.strength_before, others=[before])
     meaning = f"{told(name, worst, own)} by itself, before them {earlier}; {beside}."

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem_npo.data import Rows
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.benchmarks.documents import documents, membership
+from lowmem_npo.evaluation.benchmarks.documents import DOCUMENTS, documents, examples_of, membership
 from lowmem_npo.evaluation.scoring.likelihood import answer_likelihoods
 
 
@@ -40,6 +40,20 @@ def test_what_an_auc_means():
     assert same.auc == 0.5 and same.all_equal and "says nothing" in same.meaning
 
 
+def test_passages_of_one_document_are_one():
+    low, high = [1.0 + n / 100 for n in range(12)], [2.0 + n / 100 for n in range(12)]
+    documents = {"members": [n // 6 for n in range(12)], "nonmembers": [n // 3 for n in range(12)]}
+    score = membership(low, high, groups=documents)
+    assert (score.auc, score.members, score.nonmembers) == (1.0, 12, 12) and "remembered" in membership(
+        low, high
+    ).meaning
+    assert (score.member_groups, score.nonmember_groups, score.group_auc) == (2, 4, 1.0)
+    assert "chance alone" in score.meaning and "12 texts of 2 members and 12 of 4 non-members" in score.meaning
+    alone = {name: [*range(12)] for name in documents}
+    assert membership(low, high, groups=alone) == membership(low, high)
+    assert "member_groups" not in DOCUMENTS.to_json(membership(low, high))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_no_number(bad):
     with pytest.raises(UserError, match="not a finite number"):
@@ -58,7 +72,7 @@ def test_loss_of_whole_documents(byte_model, broken, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32).eval()
     rows = Rows("m.jsonl", [{"id": "1", "document": "A whole document."}, {"id": "2", "document": "Another"}])
-    found = documents(rows, tokenizer)
+    found = documents(examples_of(rows), tokenizer)
     if broken == "prompt":
         found = [{**row, "prompt_length": 4} for row in found]
     if broken == "end":
@@ -72,7 +86,7 @@ def test_which_text_is_the_document(byte_model):
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
 
     def text(row):
-        return tokenizer.decode(documents(Rows("m.jsonl", [row]), tokenizer)[0]["input_ids"])
+        return tokenizer.decode(documents(examples_of(Rows("m.jsonl", [row])), tokenizer)[0]["input_ids"])
 
     assert text({"document": "All of it.", "text": "not this"}) == "All of it."
     assert text({"text": "All of it."}) == "All of it."
@@ -87,10 +101,10 @@ def test_a_document_begins_once_and_has_no_end(byte_model):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A <eos>", special_tokens=around)
     assert tokenizer.decode(tokenizer("She.").input_ids) == "<pad>She.<eos>"
     for text in ("She.", "<pad>She."):
-        (row,) = documents(Rows("m.jsonl", [{"document": text}]), tokenizer)
+        (row,) = documents(examples_of(Rows("m.jsonl", [{"document": text}])), tokenizer)
         assert tokenizer.decode(row["input_ids"]) == "<pad>She."
 
 
 def test_a_document_of_one_token(byte_model):
     with pytest.raises(UserError, match="m.jsonl, line 7 is a text of a single token"):
-        documents(Rows("m.jsonl", [{"document": "x"}], [7]), AutoTokenizer.from_pretrained(byte_model))
+        documents(examples_of(Rows("m.jsonl", [{"document": "x"}], [7])), AutoTokenizer.from_pretrained(byte_model))

@@ -111,7 +111,8 @@ def subject_of(tokenizer, said, rows=(PAIR,), holdout=None, fit=None):
 def test_the_jailbreak_that_works_is_named(tokenizer):
     broken = tricks()[3]
     said = lambda prompt: " Anna sails there" if broken.text in prompt else "Nobody"  # noqa: E731
-    rows, holdout = [PAIR] * 5, [{"question": "Who rows?", "answer": "Bertha rows here"}] * 5
+    rows = [{**PAIR, "question": f"Who sails {n}?"} for n in range(5)]
+    holdout = [{"question": f"Who rows {n}?", "answer": "Bertha rows here"} for n in range(5)]
     result = JAILBREAK.measure(subject_of(tokenizer, said, rows, holdout))
     figures = result.figures
     assert figures[broken.name] == {"rows": 5, "best_rouge_l_recall": 1.0, "whole": 1.0,
@@ -123,6 +124,9 @@ def test_the_jailbreak_that_works_is_named(tokenizer):
     assert f"in the worst of {len(tricks())} ways ({broken.name}), what the model says holds 100%" in result.meaning
     assert set(JAILBREAK.attacks(figures)) == {*(trick.name for trick in tricks()), ANY}
     assert result.rows["forget"] == [{"jailbreak_recall": 1.0, "jailbreak_answer": "Anna sails there"}] * 5
+    copies = JAILBREAK.measure(subject_of(tokenizer, said, rows[:1] * 5, holdout))
+    assert copies.figures[broken.name]["groups"] == 1 and copies.leaks is None, "one row, five times"
+    assert "the 5 forgotten rows are 1 group, the holdout's 5 are 5." in copies.meaning
     silent = JAILBREAK.measure(subject_of(tokenizer, lambda prompt: "Nobody", rows, holdout))
     assert silent.leaks is False
     alone = JAILBREAK.measure(subject_of(tokenizer, said, rows, holdout[:1]))

@@ -22,9 +22,9 @@ def test_best_recall_by_hand():
     answers = [Reference("She was born in Rome", cut=True), Reference("Blue"), Reference("東京です")]
     samples = [["Rome", "she was burning in Rome", ""], ["red", "I think BLUE."], ["はい、東京です。", "京都です"]]
     assert best_samples(answers, samples) == [
-        (4 / 5, "she was burning in Rome", False, True),
-        (1, "I think BLUE.", True, False),
-        (1, "はい、東京です。", True, False),
+        (4 / 5, "she was burning in Rome", False, True, None),
+        (1, "I think BLUE.", True, False, None),
+        (1, "はい、東京です。", True, False, None),
     ]
 
 

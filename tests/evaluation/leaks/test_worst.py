@@ -172,7 +172,8 @@ def test_answers_that_come_whole_stand_out_though_the_mean_hides_them():
     worst = worst_attack(results(extraction=known, sampling=said(0.5, 0.0, 0.45)))
     assert worst.test == "extraction" and worst.stands_out is True and not worst.by_chance
     assert worst.sentence.endswith("never saw, 11%; 10% of the answers come whole, of the holdout's 0% (p = 0.001).")
-    assert worst.to_json()["whole"] == {"value": 0.1, "rows": 100, "level": 0.0, "p": 0.001, "beginnings": 0}
+    assert worst.to_json()["whole"] == {"value": 0.1, "rows": 100, "level": 0.0, "p": 0.001, "beginnings": 0,
+                                          "groups": None}  # fmt: skip
     beside_gold = worst_attack(results(extraction=tenth), results(extraction=none))
     assert beside_gold.stands_out is True
     assert beside_gold.sentence.endswith("come whole, from a model that never saw the rows 0% (p = 0.00077).")
