@@ -121,7 +121,7 @@ class CachedReference(LiveReference):
         if (file := self.files.get(part)) is None:
             return values
         try:
-            if file.write(rows, values) and values.dtype == file.dtype:
+            if file.write(rows, values):
                 return values
         except OSError as error:
             self._go_on_live(part, error)
