@@ -18,7 +18,7 @@ from typing import Any
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.chance import of_several, p_more
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import STRENGTH, Attack, Whole, attack_name, furthest, split_name
+from lowmem_npo.evaluation.leaks.attack import GROUPS, STRENGTH, Attack, Whole, attack_name, furthest, split_name
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, LeakResult, LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
@@ -146,8 +146,10 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
         level = same.by(attack.figure) if same is not None else None
         tried = attack
         if same is not None and level is not None:
-            rows = attack.rows or at(results[test].figures, "rows")  # as many as its test asks at most
-            tried = _beside_gold(attack, same, rows, tries[test])
+            figures = results[test].figures
+            rows = attack.rows or at(figures, "rows")  # as many as its test asks at most
+            evidence = at(figures, GROUPS)  # fewer pieces of it, where rows are not each its own
+            tried = _beside_gold(attack, same, min(filter(None, (rows, evidence)), default=None), tries[test])
         judged = (tried.p, tried.least_p, tried.whole)
         one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, *judged)
         made[one] = one.tried
@@ -168,7 +170,8 @@ def _beside_gold(attack: Attack, gold: Attack, rows: float | None, tries: int) -
         whole = attack.whole.beside(gold.whole, tries)
         whole = whole if p is None or whole.level is None else replace(whole, p=p)
     if p is None and rows is not None:
-        answers = [of.whole.rows if attack.figure == WHOLE and of.whole else None for of in (attack, gold)]
+        wholes = [of.whole if attack.figure == WHOLE else None for of in (attack, gold)]
+        answers = [whole and (whole.groups or whole.rows) for whole in wholes]
         own, others = (counted or int(rows) for counted in answers)
         p = of_several(p_more([attack.value] * own, [level] * others), tries)
     return Attack(attack.figure, attack.value, level, p, whole=whole)
