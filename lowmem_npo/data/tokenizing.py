@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lowmem_npo.config import DataConfig
 from lowmem_npo.data.chat import MARK, ChatTemplate
 from lowmem_npo.data.example import Example
+from lowmem_npo.data.openings import already_written, is_unthinking, opened, squeezed, without_opening
 from lowmem_npo.data.refused import RowRefused, refuse_all
 from lowmem_npo.data.special_texts import INSIDE, SpecialTexts, check_marks, trailing
 from lowmem_npo.data.templates import Template, end_of_turn, special_tokens
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS = ("answer", "all")
-# How a prompt ends after which a model that can think is to answer without that: with an empty block (Qwen 3), the
-# channel of answers (gpt-oss), or a block that is opened, for a row that says its answer there (DeepSeek R1).
-NO_THOUGHT = re.compile(r"(?i)(?:([<\[])(think\w*)[>\]]\s*(\1/\2[>\]])?|<\|channel\|>final<\|message\|>)\s*$")
-MAX_OPENING = 200  # characters at the end of a prompt that may already open its answer
 # Parts of a conversation that not every chat template knows.
 READ = ("tools", *CALLS, "reasoning_content", "reasoning", "thinking")
 SHORT = 16  # characters that may stand in a template by chance
@@ -217,19 +214,19 @@ class Encoder:
         prompt, whole = render(earlier, add_generation_prompt=True), render(messages)
         _check_written(render, messages, example, prompt, whole)
         plain = render([*earlier, {"role": "assistant", "content": MARK}])
-        asked, prompt = prompt, _opened(prompt, whole, plain)
+        asked, prompt = prompt, opened(prompt, whole, plain)
         body, ending = self._answer_in(plain, last, prompt, whole)
         if example.continues:
             ending = ""
         else:
             body, ending = self._ended(render, earlier, body, ending, example.where)
         answer = body + ending
-        self.unthinking += _is_unthinking(prompt, answer)
+        self.unthinking += is_unthinking(prompt, answer)
         written = None
         if not example.messages:
             given, question = example.prompt or "", earlier[-1]["content"].strip()
-            written = _already_written(given, prompt, question)
-            if not written and (written := _already_written(given, asked, question)):
+            written = already_written(given, prompt, question)
+            if not written and (written := already_written(given, asked, question)):
                 written += prompt[len(asked) :]
         if INSIDE in (written or prompt) + answer:
             self._count_literal(example, refused)
@@ -245,9 +242,9 @@ class Encoder:
         begins with another text than generation (an opening <think> that the content may bring as well) or loses some
         of the content (reasoning). plain: the conversation with MARK for the last turn's content."""
         ending = plain.rpartition(MARK)[2] if MARK in plain else ""
-        content = _without_opening(last["content"], prompt)
+        content = without_opening(last["content"], prompt)
         answer = whole.removeprefix(prompt)
-        if not whole.startswith(prompt) or _squeezed(content) not in _squeezed(answer):
+        if not whole.startswith(prompt) or squeezed(content) not in squeezed(answer):
             answer = content + ending
         if not answer.endswith(ending):  # a turn of another kind, such as a call of a tool
             ending = cast(re.Match, re.search(f"({self.stop}|\\s)*$", answer))[0]
@@ -363,8 +360,8 @@ def _check_written(render: Render, messages: Sequence[Message], example: Example
             f"{example.where}: the model's chat template does not write {', nor '.join(dropped)}; write it into the "
             "content of a turn, or remove it from the row.",
         )
-    said = [_squeezed(turn["content"]) for turn in earlier]
-    all_said, written = "\n".join(said), _squeezed(prompt)
+    said = [squeezed(turn["content"]) for turn in earlier]
+    all_said, written = "\n".join(said), squeezed(prompt)
     ask = partial(render, add_generation_prompt=True)
     for place, content in enumerate(said):
         # Counted, since another turn may say the same; looked for first, since writing the turns anew takes long. The
@@ -374,7 +371,7 @@ def _check_written(render: Render, messages: Sequence[Message], example: Example
         doubtful = by_chance or written.count(content) < all_said.count(content)
         if content and doubtful and not _reads(ask, earlier, place, prompt):
             raise _unwritten(example, role)
-    beside_call = any(last.get(call) for call in CALLS) and _squeezed(last["content"]) not in _squeezed(whole)
+    beside_call = any(last.get(call) for call in CALLS) and squeezed(last["content"]) not in squeezed(whole)
     if beside_call and not _reads(render, messages, len(earlier), whole):
         raise _unwritten(example, last["role"])
 
@@ -396,48 +393,6 @@ def _unwritten(example: Example, role: str) -> RowRefused:
         remedy = "give --template plain, or another model"
     where = example.where
     return RowRefused(where, f"{where}: the model's chat template does not write {what}; {remedy}.")
-
-
-def _opened(prompt: str, whole: str, plain: str) -> str:
-    """The prompt with what the template itself writes before an answer's content and not for generation: an empty block
-    of reasoning (Qwen 3), a channel (gpt-oss), a header. It is nothing that a row says, or that could be forgotten.
-
-    whole, plain: the conversation, and the same with MARK for the last turn's content."""
-    lead, found, _ = plain.removeprefix(prompt).partition(MARK)
-    opened = prompt + lead.rstrip(" ")
-    return opened if found and lead.strip() and plain.startswith(prompt) and whole.startswith(opened) else prompt
-
-
-def _is_unthinking(prompt: str, answer: str) -> bool:
-    """Whether a model that can think is asked for an answer without that."""
-    opened = NO_THOUGHT.search(prompt)
-    return opened is not None and not (opened[2] and not opened[3] and f"/{opened[2]}" in answer)
-
-
-def _without_opening(content: str, prompt: str) -> str:
-    """`content` without the tags, such as <think>, that it begins with and that the prompt ends with."""
-    tag = re.match(r"\s*([<\[][^<>\[\]\s]+[>\]])", content)
-    at = prompt.rfind(tag[1], max(0, len(prompt) - MAX_OPENING)) if tag else -1
-    opening = r"\s*".join(map(re.escape, _squeezed(prompt[at:])))
-    written = re.match(rf"\s*{opening}", content) if at >= 0 else None
-    if written is None:
-        return content
-    rest = content[written.end() :]
-    return rest.lstrip() if prompt[-1].isspace() else rest
-
-
-def _already_written(prompt: str, rendered: str, question: str) -> str | None:
-    """`prompt` of a row that was written with the chat template, as is seen from its end. rendered: what the template
-    makes of `question`, up to the answer."""
-    opening = rendered.rpartition(question)[2] if question else rendered  # of the answer's turn
-    mark = opening.strip()
-    if len(mark) < 4 or not prompt.rstrip().endswith(mark):
-        return None
-    return prompt.rstrip() + opening[len(opening.rstrip()) :]
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
