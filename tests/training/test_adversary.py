@@ -417,7 +417,7 @@ def test_each_step_has_a_fresh_attacker_of_the_seed(tmp_path):
     "rows, layered, message",
     [
         (4, None, "are none: step_batch_size=4, forget rows: 4. Lower step_batch_size"),
-        (8, 2, "step_batch_size=4, forget rows in the first fold of layered=2: 4. Lower step_batch_size, do without"),
+        (8, 2, "forget rows in the first fold of layered=2: 4. Lower step_batch_size to 3 or less, do without layered"),
     ],
 )
 def test_an_attacker_without_other_rows_is_refused(rows, layered, message, tmp_path):

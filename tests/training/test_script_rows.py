@@ -82,7 +82,7 @@ def test_what_is_no_retain_set_or_no_adapter_of_ours_is_refused(byte_model, tmp_
         (
             FORGET,
             {"adversary": 1.0},
-            "adversary teaches .*: step_batch_size=4, forget rows: 4. Lower step_batch_size, or",
+            "adversary teaches .*: step_batch_size=4, forget rows: 4. Lower step_batch_size to 3 or less, or",
         ),
         (
             FORGET,

@@ -305,7 +305,7 @@ def test_the_adapter_is_named_as_a_shell_and_as_a_card_need_it(adapter, tmp_path
     for place, given, name in (
         (tmp_path, "my run", "'my run'"),
         (adapter, ".", "'my run'"),
-        (adapter, "checkpoint-3", "checkpoint-3"),
+        (adapter, "checkpoint-3", "'my run/checkpoint-3'"),
     ):
         monkeypatch.chdir(place)
         out = tmp_path / f"merged-{given}"
