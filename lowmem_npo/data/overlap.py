@@ -158,9 +158,9 @@ def sharing_text(examples: Sequence[Example]) -> dict[int, set[int]]:
 
 
 def pieces_of_evidence(examples: Sequence[Example], sharing: Mapping[int, set[int]] | None = None) -> list[int]:
-    """Of each example the first that it is no evidence apart from, of what a model was taught: both share text, are
-    passages of one document, or are about the same (`--group-column`); or each does with a third one, and so on.
-    sharing: `sharing_text`, where that is known."""
+    """Of each example the first one of its group. A group is one piece of evidence of what a model was taught: its
+    examples share text, are passages of one document, or are about the same (`--group-column`), directly or by way of
+    others. sharing: `sharing_text`, where that is known."""
     sharing = sharing_text(examples) if sharing is None else sharing
     return first_alike(
         [

@@ -26,6 +26,8 @@ FORGET_WORDS = {
     "as much": "the model still says as much as before of what it was to forget",
     "unknown": "the model hardly said what it was to forget even before, so forgetting cannot be seen",
 }
+# Of a form in which it is not known what the model said before.
+NOW_WORDS = {**FORGET_WORDS, "as much": "the model says some of what it was to forget"}
 SEVERITY = ("unknown", "less likely", "forgotten", "partly", "as much", "untouched")
 RECITES = {"says": "recites", "hardly said": "could hardly recite", "answers": "passages"}
 FORM_WORDS = {CHAT: "through its chat template", PLAIN: "without its chat template", REWORDED: "in other words"}
@@ -255,7 +257,10 @@ def _what_became(
 ) -> str:
     """What became of the forget rows, in the form in which the most is left, beside the trained one if that differs;
     and of the rows to keep, which are asked in the trained form alone: their words stand by that one."""
-    words, trained = (_in_words(FORGET_WORDS[states[name]], after[name]) for name in (worst, FORGET))
+    words, trained = (
+        _in_words((FORGET_WORDS if name in before else NOW_WORDS)[states[name]], after[name])
+        for name in (worst, FORGET)
+    )
     if states[worst] != states[FORGET]:
         asked = [f"asked as it was trained, {trained}", f"asked {form_words(worst)}, {words}"]
         if retain is None:
@@ -263,7 +268,7 @@ def _what_became(
         asked[0] += _conjunction(states[FORGET], retain) + retain_words
         return "; ".join(asked)
     in_every_form = len(states) > 1 and len(set(states.values())) == 1
-    if in_every_form and states[worst] == "unknown":
+    if in_every_form and states[worst] in ("unknown", "less likely"):
         if states.keys() <= before.keys():
             words = words.replace(" even before", " even before, in any form asked")
     elif in_every_form:

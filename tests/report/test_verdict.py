@@ -290,6 +290,15 @@ def test_a_form_that_was_not_asked_before_counts_as_well(plain, said, tone, word
     assert f"{FORGET_WORDS['unknown']}; " in headline  # in other forms it was not asked
 
 
+def test_of_a_form_that_was_not_asked_before_nothing_is_told_of_before():
+    unknown, half = summary(0.0, 0.1, 0.05), summary(0.0, 0.75, 0.2, 3.0)
+    some = {**stages(unknown)["after"], "forget, plain": summary(0.4, 0.5, 0.4)}
+    headline = judge_run({**stages(before=unknown), "after": some}, 50304, {}).headline
+    assert "asked without its chat template, the model says some of what it was to forget" in headline
+    gone = {**stages()["after"], "forget, plain": GONE}
+    assert "every form" not in judge_run({**stages(before=half), "after": gone}, 50304, {}).headline
+
+
 def test_what_was_to_be_kept_is_told_of_the_form_in_which_it_was_asked():
     """Which is the trained one alone, so that no loss may stand behind another form's words."""
     partly = {"plain": (RECITED, summary(0.3, 0.6, 0.4))}

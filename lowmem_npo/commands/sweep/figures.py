@@ -19,7 +19,7 @@ from lowmem_npo.evaluation.answer_table import FORGET, MEASURES, NOT_GENERATED
 from lowmem_npo.evaluation.answers import AnswerEvaluation, part_of, read_answers
 from lowmem_npo.evaluation.figures import aligned
 from lowmem_npo.files import load_json, write_atomically, write_json
-from lowmem_npo.report.kept import hardly_said
+from lowmem_npo.report.kept import hardly_in_full
 from lowmem_npo.run_directory import EvaluationFiles, RunDirectory, RunFiles
 
 
@@ -207,7 +207,7 @@ def _entry(run: SweepRun, ledger: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         except (ValueError, KeyError, TypeError):
             return {**entry, "status": "failed", "error": f"'{files.stopping}' is damaged: restore or remove it"}
     generated = all(of.summary.generated for sets in (before, after) for of in sets.values())
-    hardly = all(hardly_said(of.summary) for name, of in before.items() if part_of(name) == FORGET)
+    hardly = all(hardly_in_full(of.summary) for name, of in before.items() if part_of(name) == FORGET)
     return {**entry, "before": answer_figures(before), "generated": generated, "hardly_said": hardly}
 
 
@@ -284,7 +284,7 @@ def _note(result: SweepResult) -> str:
     if not result.generated:
         note += f" {NOT_GENERATED}"
     for name in result.hardly_said:
-        note += f" In the line '{name}' the model hardly says what it is to forget: its runs cannot show forgetting."
+        note += f" In the line '{name}' hardly an answer to forget is said: its runs can hardly show forgetting."
     return note
 
 

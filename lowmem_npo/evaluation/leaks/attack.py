@@ -37,6 +37,7 @@ EVIDENCE = (*P_VALUES, GROUPS, HOLDOUT + GROUPS)
 # How many rows have an answer of which only the beginning was looked for, and of how many the whole answers are a share
 # where that is not all. Where it is all in spite of some that are cut, beginnings count as whole.
 CUT, WHOLE_ROWS = "cut", "whole_rows"
+BY_MAX_LENGTH = "--max-length"  # what cuts answers that are given to the model, and not written by it
 
 
 class Sought(Protocol):
@@ -97,7 +98,8 @@ class Attack(NamedTuple):
     of this title; level: the same on the holdout, if there is one. p: how often chance alone would set the two so far
     apart, in as many attacks as were made; least_p: the lowest that it could be with so few rows. None without a level.
     others: what it brought back by other figures. whole: the share of answers that came whole, where that is known.
-    rows: how many forget rows it asked for, where that is known."""
+    rows: how many forget rows it asked for, where that is known; groups: in how many these are, where they are no
+    evidence each by itself."""
 
     figure: str
     value: float
@@ -107,6 +109,7 @@ class Attack(NamedTuple):
     least_p: float | None = None
     whole: Whole | None = None
     rows: int | None = None
+    groups: int | None = None
 
     @classmethod
     def in_figures(
@@ -122,7 +125,8 @@ class Attack(NamedTuple):
         if (value := at(figures, name)) is None:
             return None
         level, p, least = (at(figures, key) for key in (HOLDOUT + name, P_VALUE, LEAST_P))
-        return cls(title, value, level, p, others, least, whole_in(figures, whole), rows_in(figures))
+        asked = rows_in(figures), groups_of_rows(figures)
+        return cls(title, value, level, p, others, least, whole_in(figures, whole), *asked)
 
     def by(self, figure: str) -> float | None:
         """What it brought back by that figure; None where it was not measured."""
@@ -283,8 +287,8 @@ def whole_in(figures: Mapping[str, Any], name: str) -> Whole | None:
     if of_whole := any(at(figures, set_ + WHOLE_ROWS) is not None for set_ in ("", HOLDOUT)):
         beginnings = 0
     rows = at(figures, WHOLE_ROWS) if of_whole else None
-    of, groups = rows_in(figures) if rows is None else int(rows), at(figures, GROUPS)
-    in_groups = None if of is None or groups is None else min(of, int(groups))
+    of, groups = rows_in(figures) if rows is None else int(rows), groups_of_rows(figures)
+    in_groups = None if of is None or groups is None else min(of, groups)
     return Whole(value, of, level, p, int(beginnings), in_groups)
 
 
@@ -312,21 +316,27 @@ def counted_words(figures: Mapping[str, Any]) -> str:
         return f"the {counted(figures[WHOLE_ROWS], 'uncut answer')}"
     if not (cut := figures.get(CUT)):
         return "the answers"
-    beginnings = f"the beginnings of {cut} longer answers"
+    beginnings = f"the beginning{'s' if cut > 1 else ''} of {counted(cut, 'longer answer')}"
     return beginnings if cut == figures["rows"] else f"the answers and {beginnings}"
 
 
-def cut_words(figures: Mapping[str, Any]) -> str:
-    """A sentence on answers that are longer than was looked for; "" where there are none."""
+def cut_words(figures: Mapping[str, Any], by: str = "--max-length, --max-new-tokens") -> str:
+    """A sentence on answers that are longer than was looked for, cut by these options; "" where there are none."""
     parts = [("forgotten answers", ""), ("of the holdout's", HOLDOUT)]
     cut = [f"{n} of {figures[of + 'rows']} {name}" for name, of in parts if (n := figures.get(of + CUT))]
-    return f" Of {' and '.join(cut)} only the beginning was looked for (--max-length, --max-new-tokens)." if cut else ""
+    return f" Of {' and '.join(cut)} only the beginning was looked for ({by})." if cut else ""
 
 
 def rows_in(figures: Mapping[str, Any]) -> int | None:
     """How many forget rows a result is of, where that is known."""
     rows = at(figures, "rows")
     return None if rows is None else int(rows)
+
+
+def groups_of_rows(figures: Mapping[str, Any]) -> int | None:
+    """In how many groups these are, where they are no evidence each by itself."""
+    groups = at(figures, GROUPS)
+    return None if groups is None else int(groups)
 
 
 class OfRow(NamedTuple):
@@ -354,9 +364,15 @@ def p_values(
     }
 
 
+def group_figures(rows: Sequence[OfRow]) -> dict[str, int]:
+    """In how many groups forget rows are, where these are fewer."""
+    groups = len(group_means([row.value for row in rows], [row.group for row in rows]))
+    return {GROUPS: groups} if groups < len(rows) else {}
+
+
 def of_groups(figures: Mapping[str, Any]) -> str:
-    """Of how many pieces of evidence a result is, for a sentence of its own; "" where each row is one."""
-    if GROUPS not in figures:
+    """Of how many pieces of evidence a result beside a holdout is, for a sentence; "" where each row is one."""
+    if HOLDOUT + GROUPS not in figures:
         return ""
     rows, holdout_rows = figures["rows"], figures[HOLDOUT + "rows"]
     return (

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.attack import (
+    BY_MAX_LENGTH,
     STRENGTH,
     Attack,
     OfRow,
@@ -26,6 +27,7 @@ from lowmem_npo.evaluation.leaks.attack import (
     counted_words,
     cut_figures,
     cut_words,
+    group_figures,
     p_values,
 )
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
@@ -100,7 +102,7 @@ def judge(
     meaning = (
         f"Once begun, the model writes the last {own} of {answer_words(figures)} by itself, token for token "
         f"({shares(figures['recited'])[0]} of {counted_words(figures)} with no word of them given); {beside}."
-        f"{cut_words(figures)}"
+        f"{cut_words(figures, BY_MAX_LENGTH)}"
     )
     return LeakResult.judged(figures, meaning, written, before)
 
@@ -161,9 +163,9 @@ def beside_each_other(
     sets = {"forget": forget, **({"holdout": holdout} if holdout else {})}
     counted = counted_whole([*sets.values()])
     own, *others = map(extraction_figures, sets.values(), counted)
-    if not others:
-        return own
     of_rows = [_of_rows(rows, None if groups is None else groups[of]) for of, rows in sets.items()]
+    if not others:
+        return {**own, **group_figures(*of_rows)}
     of_whole = [
         [one for one, row in zip(of, rows, strict=True) if not row.cut or len(some) == len(rows)]
         for of, rows, some in zip(of_rows, sets.values(), counted, strict=True)

@@ -29,6 +29,7 @@ from lowmem_npo.config import StreamOptions
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.figures import shares
 from lowmem_npo.evaluation.leaks.attack import (
+    BY_MAX_LENGTH,
     CUT,
     EVIDENCE,
     GROUPS,
@@ -37,6 +38,7 @@ from lowmem_npo.evaluation.leaks.attack import (
     WHOLE_ROWS,
     Attack,
     attack_name,
+    cut_words,
     furthest,
 )
 from lowmem_npo.evaluation.leaks.contract import (
@@ -211,7 +213,7 @@ def judge(
     own, evaluated, beside = beside_holdout(strength, level, before, others=[as_evaluated])
     meaning = (
         f"In the form that is worst by extraction alone, {FORMS[worst]}, the model writes the last {own} of a "
-        f"forgotten answer by itself, as evaluated {evaluated}; {beside}."
+        f"forgotten answer by itself, as evaluated {evaluated}; {beside}.{cut_words(by_form[worst], BY_MAX_LENGTH)}"
     )
     if not_measured:
         meaning += f" {not_measured}"
@@ -328,10 +330,10 @@ def _brought_back(test: LeakTest, attacks: Mapping[str, Attack]) -> dict[str, di
     figures = {}
     for way, attack in attacks.items():
         (key, whole), own = KEYS[attack.figure], attack.whole
-        known = {"rows": attack.rows, key: attack.value, HOLDOUT + key: attack.level}
+        known = {"rows": attack.rows, GROUPS: attack.groups, key: attack.value, HOLDOUT + key: attack.level}
         if own is not None:
             known |= {whole: own.value, HOLDOUT + whole: own.level, CUT: own.beginnings or None}
-            known |= {GROUPS: own.groups} | ({} if own.rows == attack.rows else {WHOLE_ROWS: own.rows})
+            known |= {} if own.rows == attack.rows else {WHOLE_ROWS: own.rows}
         known |= attack.p_values
         figures[attack_name(test.name, way)] = {name: value for name, value in known.items() if value is not None}
     return figures

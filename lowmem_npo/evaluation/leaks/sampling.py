@@ -20,6 +20,8 @@ from lowmem_npo.evaluation.leaks.attack import (
     counted_words,
     cut_figures,
     cut_words,
+    group_figures,
+    groups_of_rows,
     p_values,
     rows_in,
     whole_in,
@@ -103,7 +105,15 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
         return said
     if (whole := whole_in(figures, "whole")) is None:
         return None
-    return Attack(WHOLE, whole.value, None, others=_by_figure(figures), whole=whole, rows=rows_in(figures))
+    return Attack(
+        WHOLE,
+        whole.value,
+        None,
+        others=_by_figure(figures),
+        whole=whole,
+        rows=rows_in(figures),
+        groups=groups_of_rows(figures),
+    )
 
 
 def recall_of(figures: Mapping[str, Any]) -> Attack | None:
@@ -178,7 +188,7 @@ def said_figures(forget: Sequence[Best], holdout: Sequence[Best] | None = None) 
     counted = counted_whole(sets)
     own, *others = (_figures(rows, some) for rows, some in zip(sets, counted, strict=True))
     if not others:
-        return own
+        return {**own, **group_figures([row.of_row for row in forget])}
     of_rows, of_whole = ([[row.of_row for row in rows] for rows in of] for of in (sets, counted))
     return {**own, **as_holdout(*others), **p_values(*of_rows, counted=of_whole)}
 

@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowmem_npo.evaluation.leaks.attack import CUT, EVIDENCE, HOLDOUT, WHOLE_ROWS, Attack, of_tries
+from lowmem_npo.evaluation.leaks.attack import (
+    BY_MAX_LENGTH,
+    CUT,
+    EVIDENCE,
+    HOLDOUT,
+    WHOLE_ROWS,
+    Attack,
+    cut_words,
+    of_tries,
+)
 from lowmem_npo.evaluation.leaks.contract import (
     DIVERGED,
     TOO_LARGE,
@@ -154,7 +163,9 @@ def judge(attacks: Mapping[str, Tuned], told: Callable[[str, Tuned, str], str]) 
     kept = {*COMPARED, *(HOLDOUT + key for key in COMPARED), *EVIDENCE}
     figures |= {of: {k: v for k, v in tuned.after.items() if k in kept} for of, tuned in attacks.items()}
     own, earlier, beside = beside_holdout(worst.strength, worst.level, worst.strength_before, others=[before])
-    meaning = f"{told(name, worst, own)} by itself, before them {earlier}; {beside}."
+    meaning = (
+        f"{told(name, worst, own)} by itself, before them {earlier}; {beside}.{cut_words(worst.after, BY_MAX_LENGTH)}"
+    )
     return LeakResult.judged(figures, meaning, worst.written, worst.strength_before)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.chance import of_several, p_more
 from lowmem_npo.evaluation.figures import at, shares
-from lowmem_npo.evaluation.leaks.attack import GROUPS, STRENGTH, Attack, Whole, attack_name, furthest, split_name
+from lowmem_npo.evaluation.leaks.attack import STRENGTH, Attack, Whole, attack_name, furthest, split_name
 from lowmem_npo.evaluation.leaks.contract import UNKNOWN, LeakResult, LeakResults, leak_results
 from lowmem_npo.evaluation.leaks.extraction import EXTRACTION
 from lowmem_npo.evaluation.leaks.quantization import QUANTIZATION
@@ -105,8 +105,8 @@ class WorstAttack:
         words = NOTHING_WORDS[self.figure] if own == NOTHING else WORDS[self.figure].format(own)
         for answers, beginnings in BEGINNINGS.items() if self.whole is not None and self.whole.beginnings else ():
             words = words.replace(answers, beginnings)
-        p = self.tried.chance
-        chance = "" if p is None else f", which chance alone can do with so few rows (p = {p:.2f})"
+        p, few = self.tried.chance, "groups of rows" if self.whole is not None and self.whole.groups else "rows"
+        chance = "" if p is None else f", which chance alone can do with so few {few} (p = {p:.2f})"
         return f"{of}, {self.name}: {words}{levels or f'; {UNKNOWN}'}{chance}{self.remark}."
 
     @property
@@ -146,10 +146,8 @@ def worst_attack(results: LeakResults, gold: LeakResults | None = None) -> Worst
         level = same.by(attack.figure) if same is not None else None
         tried = attack
         if same is not None and level is not None:
-            figures = results[test].figures
-            rows = attack.rows or at(figures, "rows")  # as many as its test asks at most
-            evidence = at(figures, GROUPS)  # fewer pieces of it, where rows are not each its own
-            tried = _beside_gold(attack, same, min(filter(None, (rows, evidence)), default=None), tries[test])
+            rows = attack.groups or attack.rows or at(results[test].figures, "rows")  # as its test asks at most
+            tried = _beside_gold(attack, same, rows, tries[test])
         judged = (tried.p, tried.least_p, tried.whole)
         one = WorstAttack(test, name, attack.figure, attack.value, attack.level, len(attacks), level, *judged)
         made[one] = one.tried

@@ -110,7 +110,7 @@ def test_a_model_that_hardly_says_what_it_is_to_forget_is_told_of_beside_its_run
             save_answers(RunFiles(run.directory).answers(stage), {"forget": AnswerEvaluation(summary, [record])})
     write_results(result := collect(runs, {}, tmp_path), tmp_path)
     for text in (text_tables(result, 120), (tmp_path / "sweep.md").read_text()):
-        told = "In the line 'before' the model hardly says what it is to forget" in " ".join(text.split())
+        told = "In the line 'before' hardly an answer to forget is said" in " ".join(text.split())
         assert told is (says == 0.0)
 
 

@@ -12,8 +12,10 @@ from lowmem_npo.data.overlap import pieces_of_evidence
 from lowmem_npo.data.passages import Passages
 from lowmem_npo.evaluation.leaks import extraction, membership
 from lowmem_npo.evaluation.leaks.attack import Attack, OfRow, p_values
+from lowmem_npo.evaluation.leaks.contract import LeakResult
 from lowmem_npo.evaluation.leaks.sampling import BEST, Best, SamplingOptions, in_groups
 from lowmem_npo.evaluation.leaks.sampling import judge as judge_said
+from lowmem_npo.evaluation.leaks.worst import worst_attack
 from lowmem_npo.evaluation.scoring.token_scores import TokenScores
 
 SCORES = ("loss", "min_k", "min_k_pp", "zlib")
@@ -160,3 +162,28 @@ def test_which_rows_are_one_piece_of_evidence(tmp_path):
     rows = [example("Who?", "Ada"), example("Who?", "Bo"), example("who?", "ada"), example("Where?", "There", "Bo"),
             example("When?", "Then", "Bo"), example("Who?", "Bo", "Cy"), example("Why?", "So", "Cy")]  # fmt: skip
     assert pieces_of_evidence(rows) == [0, 1, 0, 3, 3, 1, 1]
+
+
+def test_beside_a_gold_model_groups_count_without_a_holdout_too():
+    """Half of forty rows come whole, but they are two documents."""
+    rows, groups = [written(n % 2) for n in range(40)], {"forget": [n % 2 for n in range(40)]}
+    gold = {"extraction": extraction.judge([written(0)] * 40, None)}
+    alone, grouped = (
+        worst_attack({"extraction": extraction.judge(rows, None, None, of)}, gold) for of in (None, groups)
+    )
+    assert alone.stands_out is True and grouped.stands_out is None and grouped.p > 0.05
+    assert "with so few groups of rows" in grouped.sentence
+    best = [Best(n % 2, "", n % 2, group=n % 2) for n in range(20)]
+    never = {"sampling": judge_said([Best(0.0, "", 0.0)] * 20, None, SamplingOptions(), 8)}
+    assert worst_attack({"sampling": judge_said(best, None, SamplingOptions(), 8)}, never).stands_out is None
+
+
+def test_each_attack_has_the_groups_of_the_rows_that_it_asked_for():
+    single = {"rows": 32, "extraction_strength": 0.5, "recited": 0.5}
+    few = {"rows": 20, "groups": 2, "extraction_strength": 0.6, "recited": 0.6}
+    never = {"rows": 32, "extraction_strength": 0.0, "recited": 0.0}
+    gold = {"relearning": LeakResult({**never, "a": never, "b": never}, "", None)}
+    for worst in (single, few):
+        attacked = {"relearning": LeakResult({**worst, "a": single, "b": few}, "", None)}
+        found = worst_attack(attacked, gold)
+        assert found.attack == "a" and found.stands_out is True
