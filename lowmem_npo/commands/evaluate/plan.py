@@ -17,7 +17,7 @@ from lowmem_npo.data.fit import known_fit
 from lowmem_npo.data.general_rows import bundled_general, general_rows, is_general
 from lowmem_npo.data.overlap import find_overlap, is_also
 from lowmem_npo.data.passages import Passages
-from lowmem_npo.data.schemas import check_some_have
+from lowmem_npo.data.schemas import check_some_have, having
 from lowmem_npo.data.tokenized_rows import KnownByText
 from lowmem_npo.errors import UserError
 from lowmem_npo.evaluation.asking import Wording
@@ -144,6 +144,9 @@ def plan_evaluation(
     tokenizer = load_tokenizer(model_config)
     template = Template.of(config, stops)
     sources = _read(config, limits, from_run, tokenizer, template, say)
+    if only is not None and "forget" in sources:  # a sweep's column is its runs'; --evaluate-forget may not have it
+        group = having({"group_column": config.group_column}, sources["forget"])
+        config = replace(config, group_column=group.get("group_column"))
     met = dict.fromkeys(of for rows in sources.values() if not rows.mixed for of in rows.columns)
     check_some_have(met, *asked)
     examples = cache(lambda part: to_examples(sources[part], **config.columns_of(part, sources[part])))

@@ -395,6 +395,15 @@ def test_a_dry_run_shows_all_of_it_and_writes_nothing(desk, capsys):
     assert not (desk / "dry").exists()
 
 
+def test_rows_that_are_evaluated_need_no_group_column(desk, tmp_path):
+    """Which those of the runs have."""
+    rows = [json.loads(line) for line in (desk / "forget.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "about": str(number)}) for number, row in enumerate(rows)]
+    (grouped := tmp_path / "grouped.jsonl").write_text("\n".join(lines))
+    others, of_runs = str(desk / "forget.jsonl"), ["--forget", str(grouped), "--group-column", "about", "--dry-run"]
+    assert swept(desk, tmp_path / "out", *of_runs, "--evaluate-forget", others, teach=[]) == 0
+
+
 @pytest.mark.parametrize(
     "teach, evaluate, more, message",
     [
