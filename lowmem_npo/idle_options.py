@@ -29,7 +29,7 @@ def idle_options(settings: Mapping[str, Any]) -> dict[str, str]:
     of_terms = OF_TERMS if term in FORGET_TERMS else {}
     idle = {name: f"--forget-term {term}" for name, terms in of_terms.items() if term not in terms}
     if settings.get("layered") is None:
-        idle |= dict.fromkeys(("group_column", "layered_weight"), "no --layered")
+        idle |= {"layered_weight": "no --layered", "group_column": "no --layered, but on the p-values of leak tests"}
     elif settings["layered"] == 2:
         idle["layered_weight"] = "--layered 2, whose second stage is the last, which shows all rows alike"
     if settings.get("adversary") is None:
@@ -67,8 +67,7 @@ def remarks_on_idle_options(config: RunConfig) -> list[str]:
     idle = idle_in(config)
     if config.memory.joint_pass_tokens == 0:  # which asks for what there is
         idle.pop("joint_pass_tokens", None)
-    if config.data.holdout is not None and config.output.leaks:  # whose p-values go by it
-        idle.pop("group_column", None)
+    idle.pop("group_column", None)  # p-values go by it, be they of the adapter's `evaluate`
     if config.model.double_quant == "on":  # which auto becomes, whatever the weights are
         idle.pop("double_quant", None)
     sections = [getattr(config, name) for name in SECTIONS]

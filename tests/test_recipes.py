@@ -174,7 +174,7 @@ def test_schema_estimate_and_sweep_know_it(byte_model, tmp_path, capsys):
     [
         ((), []),
         (("--adversary-steps", "5"), ["adversary-steps"]),
-        (("--group-column", "person", "--layered-weight", "0.3"), ["group-column", "layered-weight"]),
+        (("--group-column", "person", "--layered-weight", "0.3"), ["layered-weight"]),
         (("--group-column", "person", "--layered", "2"), []),
         (("--group-column", "person", "--recipe", "lasting"), []),
         (("--alternative-column", "other", "--refusal", "No."), ["refusal", "alternative-column"]),

@@ -119,6 +119,7 @@ def test_mistakes_in_the_grid(grid, message):
             "adversary=none_adversary-steps=2, as --adversary-steps has no effect with no --adversary.",
         ),
         (["forget-term=npo,ga", "beta=.1,.2"], 3, "--beta has no effect with --forget-term ga"),
+        (["group-column=a,b"], 1, "--group-column has no effect with no --layered, but on the p-values of leak tests."),
         (["sam=.1", "joint-pass-tokens=auto,64"], 1, "--joint-pass-tokens has no effect with --sam"),
         (["adversary=1", "adversary-steps=,1"], 1, "as --adversary-steps has that default"),
         (["retain-batch-size=,4"], 1, "as --retain-batch-size has that default"),
