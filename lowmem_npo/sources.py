@@ -137,11 +137,12 @@ def _instead(folder: Path) -> str:
     return ""
 
 
-def check_file(flag: str, name: str | None) -> None:
-    """Raises UserError unless the option `flag` is not given, or names a file."""
+def check_file(flag: str, name: str | None, kept: bool = False) -> None:
+    """Raises UserError unless the option `flag` is not given, or names a file. kept: whether a resumed evaluation may
+    have it from its beginning."""
     if name is not None and not expanded(name).is_file():
         what = f"'{name}' is no file" if os.path.lexists(expanded(name)) else f"there is no file '{name}'"
-        raise UserError(f"{flag}: {what}.")
+        raise UserError(f"{flag}: {what}{f'; {flag} none goes on without it' if kept else ''}.")
 
 
 def check_adapter_name(name: str) -> None:

@@ -65,7 +65,8 @@ class EvaluationOptions(AnswerOptions, DataOptions, StreamOptions, ModelOptions)
     """holdout: the leak tests compare with that half of --holdout by which a run of `train --forget-level holdout` is
     judged, so that a base or gold model can be compared with the run. Its --adapter is judged by that half anyway."""
     before: str | None = None
-    """evaluation.json of the model before unlearning: the tables then show both, and MMLU is checked against it."""
+    """evaluation.json of the model before unlearning: the tables then show both, and MMLU is checked against it. With
+    --resume, none leaves out the one that the evaluation has."""
     output_dir: str | None = None
     """Directory of the results. Default: `evaluation` inside --adapter, else lowmem-npo-evaluation."""
     resume: bool = False
@@ -88,6 +89,9 @@ class EvaluationConfig(LeakOptions, BenchmarkOptions, EvaluationOptions):  # typ
         if self.model is None and self.adapter is None:
             raise UserError("Nothing to evaluate: name a model with --model, or an adapter with --adapter.")
         self.leaks = () if tuple(self.leaks) == ("none",) else NAMES if "all" in self.leaks else tuple(self.leaks)
+        for name, nothing in {"lm_eval": (), "before": None, "retained_log": None}.items():
+            if getattr(self, name) in ("none", ("none",)):  # instead of what a resumed evaluation has
+                setattr(self, name, nothing)
         super().__post_init__()
         leak_tests(self.leaks)
         if self.adapter is None:  # else its run may name them

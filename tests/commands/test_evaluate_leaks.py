@@ -178,6 +178,26 @@ def test_what_stands_beside_the_figures_stays_as_well(byte_model, files, monkeyp
     assert result(files)["leaks"] == found["leaks"]
 
 
+def test_a_resumed_evaluation_goes_on_without_what_is_gone(byte_model, files, capsys):
+    """Another model's figures, and a task that lm-eval does not have, or no more."""
+    brief, others = ("--limit", "1", "--max-new-tokens", "1"), files / "before"
+    assert evaluate(byte_model, files, *brief, out="before") == 0
+    (others / "gold.json").write_text('{"tofu": {"sets": {"forget": {"truth_ratios": [0.1, 0.2]}}}}')
+    both = ("--before", str(others / "evaluation.json"), "--retained-log", str(others / "gold.json"))
+    assert evaluate(byte_model, files, *brief, *both) == 0
+    shutil.rmtree(others)
+    settings = files / "out" / "settings.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lm_eval": ["gone"]}))
+    resumed = ["evaluate", "--output-dir", str(files / "out"), "--resume", "--device", "cpu"]
+    fails(capsys, main(resumed), "--before: there is no file", "; --before none goes on without it")
+    fails(capsys, main([*resumed, "--before", "none"]), "; --retained-log none goes on without it")
+    fails(capsys, main([*resumed, "--before", "none", "--retained-log", "none"]), "--lm-eval")
+    assert main([*resumed, "--before", "none", "--retained-log", "none", "--lm-eval", "none"]) == 0
+    assert main(resumed) == 0
+    now = json.loads(settings.read_text())
+    assert (now["before"], now["retained_log"], now["lm_eval"]) == (None, None, [])
+
+
 def test_bad_input(byte_model, files, capsys):
     leaks = ("--leaks", "membership")
     fails(capsys, evaluate(byte_model, files, "--leaks", "extractoin"), "no leak test 'extractoin'", "relearning")

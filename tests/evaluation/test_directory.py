@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem_npo.errors import UserError
-from lowmem_npo.evaluation.directory import THE_JUDGES, EvaluationDirectory
+from lowmem_npo.evaluation.directory import THE_JUDGES, EvaluationDirectory, kept_options
 from lowmem_npo.evaluation.settings import EvaluationConfig
 
 
@@ -69,3 +69,12 @@ def test_the_options_of_a_benchmark_are_known_by_its_rows(measure):
     measure({"MUSE privleak": "a"}, muse_privleak="t", muse_privleak_holdout="u")
     with pytest.raises(UserError, match="muse_retrained_auc was 0.5, is 0.4"):
         measure({"MUSE privleak": "a"}, muse_privleak="t", muse_privleak_holdout="u", muse_retrained_auc=0.4)
+
+
+def test_leaving_lm_eval_out_names_no_data(tmp_path):
+    """So that the rows are those of the adapter's run once more."""
+    config = EvaluationConfig(model="m", forget="f", output_dir=str(tmp_path / "out"))
+    EvaluationDirectory(config, {"forget": "of forget"}, data_named=False).begin()
+    typed = EvaluationConfig(model="m", output_dir=config.output_dir, resume=True)
+    typed.lm_eval = ("none",)
+    assert "forget" not in kept_options(typed)

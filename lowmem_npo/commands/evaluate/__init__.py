@@ -34,8 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     if config.adapter is not None:
         check_adapter_name(config.adapter)
     check_names(config.model, *config.named_data.values())
-    check_file("--before", config.before)
-    check_file("--retained-log", cast(TofuOptions, config).retained_log)
+    check_file("--before", config.before, config.resume)
+    check_file("--retained-log", cast(TofuOptions, config).retained_log, config.resume)
     check_inputs(config.model, *config.named_data.values(), revision=config.revision)
     quiet_libraries()
     from lowmem_npo.commands.evaluate.run import evaluate  # late: --help need not load transformers

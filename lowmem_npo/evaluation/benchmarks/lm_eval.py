@@ -31,7 +31,8 @@ Metrics = dict[str, float | None]
 @dataclass
 class LmEvalOptions(Options):
     lm_eval: tuple[str, ...] = free(())
-    """Tasks of lm-eval, such as mmlu; they download their data. Needs: pip install 'lowmem-npo[eval]'"""
+    """Tasks of lm-eval, such as mmlu; they download their data. Needs: pip install 'lowmem-npo[eval]'. `evaluate
+    --resume` adds them to those that it began with; none leaves these out."""
     lm_eval_path: str | None = free(None)
     """Folder of further task files for lm-eval."""
     lm_eval_shots: CountOrNone | None = None
@@ -52,7 +53,7 @@ class LmEval(Benchmark[dict[str, Metrics], dict[str, Metrics]]):
             check_tasks(options.lm_eval, options.lm_eval_path)
 
     def own_sets(self, options: LmEvalOptions) -> dict[str, Selection]:
-        return {task: Selection([task], 1) for task in options.lm_eval}
+        return {task: Selection([task], 1) for task in options.lm_eval if task != "none"}  # as --resume may be told
 
     def measure(self, name: str, selection: Selection, scorer: Scorer, context: Context) -> list[dict[str, Metrics]]:
         part, options = f"lm-eval: {name}", cast(LmEvalOptions, context.config)

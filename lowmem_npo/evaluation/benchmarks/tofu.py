@@ -77,7 +77,7 @@ class TofuOptions(Options):
     """TOFU's world_facts_perturbed rows; model utility needs them."""
     retained_log: str | None = free(None)
     """evaluation.json of a model that was never taught the forget set (or open-unlearning's TOFU_EVAL.json); TOFU's
-    forget quality and open-unlearning's privleak need it."""
+    forget quality and open-unlearning's privleak need it. `evaluate --resume` leaves its own out for none."""
 
 
 @dataclass(frozen=True)
