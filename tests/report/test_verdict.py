@@ -276,10 +276,8 @@ def test_a_form_that_was_not_asked_before_counts_as_well(plain, said, tone, word
     """Beside what was said in the trained form; of a run and of an evaluation."""
     measured = stages()
     now = {**measured["after"], "forget, plain": plain}
-    for verdict in (
-        judge_run({**measured, "after": now}, 50304, {}),
-        judge_evaluation(now, measured["before"], 50304, {}),
-    ):
+    of_run = judge_run({**measured, "after": now}, 50304, {})
+    for verdict in (of_run, judge_evaluation(now, measured["before"], 50304, {})):
         assert verdict.tone == tone and words in verdict.headline
         assert (
             f"Asked without its chat template, of 100 answers {said} appear in what the model says, {said} word for "
