@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -139,24 +140,21 @@ def field_docstrings(config: type) -> dict[str, str]:
 
 def optional_numbers(kind: Any) -> list[str]:
     """The flags of those numbers that may be left out, of a dataclass and of its sections."""
-    flags: list[str] = []
-    for name, hint in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            flags += optional_numbers(hint)
-        elif {*get_args(hint)} in ({int, type(None)}, {float, type(None)}):
-            flags.append(f"--{name.replace('_', '-')}")
-    return flags
+    may_be_none = {int, type(None)}, {float, type(None)}
+    return [flag for flag, hint in _typed_flags(kind) if {*get_args(hint)} in may_be_none]
 
 
 def switches_of(kind: Any) -> list[str]:
     """The flags that take no value, of a dataclass and of its sections."""
-    switches: list[str] = []
+    return [flag for flag, hint in _typed_flags(kind) if hint is bool]
+
+
+def _typed_flags(kind: Any) -> Iterator[tuple[str, Any]]:
     for name, hint in get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
-            switches += switches_of(hint)
-        elif hint is bool:
-            switches.append(f"--{name.replace('_', '-')}")
-    return switches
+            yield from _typed_flags(hint)
+        else:
+            yield f"--{name.replace('_', '-')}", hint
 
 
 def flags_of(kind: Any) -> list[str]:

@@ -45,8 +45,8 @@ from lowmem_npo.sources import (
 
 MOST_CHARACTERS = 10_000_000  # of a text in a row: more take minutes and gigabytes to be tokenised
 GENERAL = (*BUILTIN.values(), "openings")  # questions with answers, and texts
-# Files that hold texts or rows and are not read. In a folder, too, they are refused: what they hold would be missing.
 SAVED_BESIDE_ROWS = ("dataset_dict.json", "dataset_info.json", "state.json")  # by `Dataset.save_to_disk`
+# Files that hold texts or rows and are not read. In a folder, too, they are refused: what they hold would be missing.
 UNREAD = {
     **dict.fromkeys(
         (".xlsx", ".xls", ".ods"),

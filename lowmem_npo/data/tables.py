@@ -31,16 +31,8 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 # Columns by which a header is recognised, and with it its separator.
 HEADERS = {"question", "answer", "input", "output", "instruction", "response", "context", "prompt", "completion",
            "messages", "conversations", "text", "document", "id", "task"}  # fmt: skip
-USUAL = {
-    "data",
-    "rows",
-    "examples",
-    "items",
-    "records",
-    "train",
-    "test",
-    "validation",
-}  # of an object: where its rows are
+# Keys of an object under which rows are.
+USUAL = {"data", "rows", "examples", "items", "records", "train", "test", "validation"}
 ENOUGH = {"messages", "conversations", "text"}  # of which one key makes an object a row
 DECLARED = re.compile(r'"?sep=([^\w\s"]|\t)"?', re.IGNORECASE)  # the first line of a file for Excel
 SAMPLE = 20  # records by which a separator, and a table, is recognised

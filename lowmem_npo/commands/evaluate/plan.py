@@ -373,7 +373,7 @@ def _digests(
     for part, rows in sources.items():
         beside = [text for one in BENCHMARKS if part in one.sets and (text := one.read_beside(part, config))]
         digests[part] = json_sha256([rows.rows, *beside] if beside else rows.rows)
-    if judges and judges.note:
+    if judges and len(judges.places) < len(sources["holdout"].rows):
         digests[THE_JUDGES] = json_sha256([sources["holdout"].rows[place] for place in judges.places])
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     digests[THE_TOKENIZER] = json_sha256([ids, tokenizer.chat_template])

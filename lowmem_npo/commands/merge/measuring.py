@@ -187,8 +187,8 @@ def measure(folder: Path, rows: RunRows, four_bits: bool = False) -> RowFigures:
         own = [logprob for row in scores.get(part, ()) for logprob in row.logprobs]
         return -math.fsum(own) / len(own) if own else None
 
-    of_both = scores.get("forget"), scores.get("holdout")
-    written = beside_each_other(of_both[0], of_both[1], rows.groups) if of_both[0] else {}
+    forget, holdout = scores.get("forget"), scores.get("holdout")
+    written = beside_each_other(forget, holdout, rows.groups) if forget else {}
     figures = RowFigures(nll("forget"), None, nll("retain"), nll("holdout"))
     if (attack := attack_of(written)) is None:
         return figures

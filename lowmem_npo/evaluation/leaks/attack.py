@@ -125,8 +125,7 @@ class Attack(NamedTuple):
         if (value := at(figures, name)) is None:
             return None
         level, p, least = (at(figures, key) for key in (HOLDOUT + name, P_VALUE, LEAST_P))
-        asked = rows_in(figures), groups_of_rows(figures)
-        return cls(title, value, level, p, others, least, whole_in(figures, whole), *asked)
+        return cls(title, value, level, p, others, least, whole_in(figures, whole), *asked_for(figures))
 
     def by(self, figure: str) -> float | None:
         """What it brought back by that figure; None where it was not measured."""
@@ -287,7 +286,8 @@ def whole_in(figures: Mapping[str, Any], name: str) -> Whole | None:
     if of_whole := any(at(figures, set_ + WHOLE_ROWS) is not None for set_ in ("", HOLDOUT)):
         beginnings = 0
     rows = at(figures, WHOLE_ROWS) if of_whole else None
-    of, groups = rows_in(figures) if rows is None else int(rows), groups_of_rows(figures)
+    asked, groups = asked_for(figures)
+    of = asked if rows is None else int(rows)
     in_groups = None if of is None or groups is None else min(of, groups)
     return Whole(value, of, level, p, int(beginnings), in_groups)
 
@@ -327,34 +327,28 @@ def cut_words(figures: Mapping[str, Any], by: str = "--max-length, --max-new-tok
     return f" Of {' and '.join(cut)} only the beginning was looked for ({by})." if cut else ""
 
 
-def rows_in(figures: Mapping[str, Any]) -> int | None:
-    """How many forget rows a result is of, where that is known."""
-    rows = at(figures, "rows")
-    return None if rows is None else int(rows)
-
-
-def groups_of_rows(figures: Mapping[str, Any]) -> int | None:
-    """In how many groups these are, where they are no evidence each by itself."""
-    groups = at(figures, GROUPS)
-    return None if groups is None else int(groups)
+def asked_for(figures: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """How many forget rows a result is of, where that is known, and in how many groups these are, where they are no
+    evidence each by itself."""
+    rows, groups = (None if (number := at(figures, name)) is None else int(number) for name in ("rows", GROUPS))
+    return rows, groups
 
 
 class OfRow(NamedTuple):
     """What an attack brought back of one row, by its figure; and whether its answer came whole, 1 or 0, or what is to
-    be expected of that. group: of rows that are one piece of evidence; None: it is one by itself."""
+    be expected of that. group: of rows that are one piece of evidence; None: it is one by itself. cut: whether only the
+    beginning of its answer was looked for."""
 
     value: float
     whole: float
     group: Hashable = None
+    cut: bool = False
 
 
-def p_values(
-    rows: Sequence[OfRow], others: Sequence[OfRow], *, counted: Sequence[Sequence[OfRow]] | None = None
-) -> dict[str, float]:
-    """Of the forget rows and the holdout rows, with the numbers of their groups, where these are fewer than rows.
-    counted: those of both sets of which whole answers count, where that is not each."""
+def p_values(rows: Sequence[OfRow], others: Sequence[OfRow]) -> dict[str, float]:
+    """Of the forget rows and the holdout rows, with the numbers of their groups, where these are fewer than rows."""
     values, beside = (group_means([row.value for row in of], [row.group for row in of]) for of in (rows, others))
-    wholes = [group_means([row.whole for row in of], [row.group for row in of]) for of in counted or (rows, others)]
+    wholes = [group_means([row.whole for row in of], [row.group for row in of]) for of in counted_whole([rows, others])]
     grouped = len(values) < len(rows) or len(beside) < len(others)
     return {
         P_VALUE: p_above(values, beside),

@@ -166,11 +166,7 @@ def beside_each_other(
     of_rows = [_of_rows(rows, None if groups is None else groups[of]) for of, rows in sets.items()]
     if not others:
         return {**own, **group_figures(*of_rows)}
-    of_whole = [
-        [one for one, row in zip(of, rows, strict=True) if not row.cut or len(some) == len(rows)]
-        for of, rows, some in zip(of_rows, sets.values(), counted, strict=True)
-    ]
-    return {**own, **as_holdout(*others), **p_values(*of_rows, counted=of_whole)}
+    return {**own, **as_holdout(*others), **p_values(*of_rows)}
 
 
 def _is_recited(row: TokenScores) -> bool:
@@ -179,4 +175,4 @@ def _is_recited(row: TokenScores) -> bool:
 
 def _of_rows(rows: Sequence[TokenScores], groups: Sequence[Hashable] | None) -> list[OfRow]:
     each = zip(rows, groups or [None] * len(rows), strict=True)
-    return [OfRow(extraction_strength(row), _is_recited(row), group) for row, group in each]
+    return [OfRow(extraction_strength(row), _is_recited(row), group, row.cut) for row, group in each]

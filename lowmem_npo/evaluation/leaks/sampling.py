@@ -16,14 +16,13 @@ from lowmem_npo.evaluation.leaks.attack import (
     Attack,
     OfRow,
     answer_words,
+    asked_for,
     counted_whole,
     counted_words,
     cut_figures,
     cut_words,
     group_figures,
-    groups_of_rows,
     p_values,
-    rows_in,
     whole_in,
 )
 from lowmem_npo.evaluation.leaks.contract import LeakResult, LeakTest, Meaning, Subject, as_holdout, beside_holdout
@@ -105,15 +104,8 @@ def attack_of(figures: Mapping[str, Any]) -> Attack | None:
         return said
     if (whole := whole_in(figures, "whole")) is None:
         return None
-    return Attack(
-        WHOLE,
-        whole.value,
-        None,
-        others=_by_figure(figures),
-        whole=whole,
-        rows=rows_in(figures),
-        groups=groups_of_rows(figures),
-    )
+    rows, groups = asked_for(figures)
+    return Attack(WHOLE, whole.value, None, others=_by_figure(figures), whole=whole, rows=rows, groups=groups)
 
 
 def recall_of(figures: Mapping[str, Any]) -> Attack | None:
@@ -139,7 +131,7 @@ class Best(NamedTuple):
 
     @property
     def of_row(self) -> OfRow:
-        return OfRow(self.recall, self.whole, self.group)
+        return OfRow(self.recall, self.whole, self.group, self.cut)
 
 
 def in_groups(rows: Sequence[Best], groups: Sequence[Hashable]) -> list[Best]:
@@ -187,10 +179,10 @@ def said_figures(forget: Sequence[Best], holdout: Sequence[Best] | None = None) 
     sets = [forget, *([holdout] if holdout else [])]
     counted = counted_whole(sets)
     own, *others = (_figures(rows, some) for rows, some in zip(sets, counted, strict=True))
+    of_rows = [[row.of_row for row in rows] for rows in sets]
     if not others:
-        return {**own, **group_figures([row.of_row for row in forget])}
-    of_rows, of_whole = ([[row.of_row for row in rows] for rows in of] for of in (sets, counted))
-    return {**own, **as_holdout(*others), **p_values(*of_rows, counted=of_whole)}
+        return {**own, **group_figures(*of_rows)}
+    return {**own, **as_holdout(*others), **p_values(*of_rows)}
 
 
 def _figures(rows: Sequence[Best], counted: Sequence[Best]) -> dict[str, float]:
